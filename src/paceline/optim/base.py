@@ -1,0 +1,42 @@
+"""What every optimizer and schedule config offers, and which parameters decay."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class OptimizerConfig(Protocol):
+    """The frozen config class of an optimizer."""
+
+    lr: float
+    """The peak rate; the schedule multiplies it by a factor in [0, 1]."""
+    state_per_parameter: int
+    """Tensors like the parameter that the optimizer keeps."""
+
+    def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer over named parameters."""
+
+
+class ScheduleConfig(Protocol):
+    """The frozen config class of a learning-rate schedule."""
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the peak rate is multiplied by in step ``step`` (1-based) of ``steps``."""
+
+
+def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices decay; norms, biases and other vectors do not. Names stand in ``names``."""
+    groups: list[dict[str, Any]] = []
+    for decays in (True, False):
+        members = {name: p for name, p in parameters.items() if (p.ndim >= 2) is decays}
+        if members:
+            groups.append(
+                {
+                    "params": list(members.values()),
+                    "names": list(members),
+                    "weight_decay": weight_decay if decays else 0.0,
+                }
+            )
+    return groups

@@ -1,0 +1,70 @@
+"""Mixed precision: the model computes in bf16, and learns in fp32.
+
+The model's own parameters are cast down; an fp32 master of each is what the optimizer, the sync and the checkpoint see.
+After a backward pass each gradient is added to its master's in fp32, so accumulation over micro-batches does not lose
+bits. This is what FSDP2's mixed-precision policy does for a sharded model, written for a whole one.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+OnGradient = Callable[[str], None]
+
+
+class Masters:
+    """The parameters that learn, by name, and how their values and gradients travel to and from the model.
+
+    With ``dtype`` equal to the parameters' own dtype the masters are the model's parameters themselves.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._compute: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in self._compute.items():
+            if parameter.dtype == dtype or not parameter.is_floating_point():
+                self.parameters[name] = parameter
+            else:
+                self.parameters[name] = nn.Parameter(parameter.detach().clone())
+                parameter.data = parameter.data.to(dtype)
+        self._cast = [name for name in self.parameters if self.parameters[name] is not self._compute[name]]
+        if self._cast:
+            _cast_frozen(model, dtype)
+
+    def on_gradient(self, fn: OnGradient) -> None:
+        """Call ``fn`` with the name of a parameter whenever a backward pass has added to its gradient."""
+        for name, parameter in self._compute.items():
+            parameter.register_post_accumulate_grad_hook(self._hook(name, fn))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the masters' values into the model, after the optimizer has changed them."""
+        if self._cast:
+            compute = [self._compute[name] for name in self._cast]
+            torch._foreach_copy_(compute, [self.parameters[name].detach() for name in self._cast])
+
+    def _hook(self, name: str, fn: OnGradient) -> Callable[[torch.Tensor], None]:
+        master = self.parameters[name]
+        if master is self._compute[name]:
+            return lambda _: fn(name)
+
+        def hook(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            if master.grad is None:
+                master.grad = parameter.grad.to(master.dtype)
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+            fn(name)
+
+        return hook
+
+
+def _cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parameters take part in the computation as well; buffers (rotary frequencies) keep their precision."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

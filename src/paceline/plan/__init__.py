@@ -1,0 +1,1 @@
+"""Arithmetic before anything runs: batch, memory, operations. No torch here."""

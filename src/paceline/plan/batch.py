@@ -1,0 +1,56 @@
+"""How the batch of a step is cut into micro-batches on each data-parallel rank."""
+
+from dataclasses import dataclass
+
+from paceline.config import BatchConfig
+from paceline.errors import PlanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """The global batch, dealt out to ``data_parallel`` ranks.
+
+    Every rank runs the same number of micro-batches of the same number of rows; where the sequences do not divide, the
+    places left over are filled with rows of zero weight.
+    """
+
+    sequences: int
+    sequence_tokens: int
+    data_parallel: int
+    micro: int
+    """Rows of one forward pass on one rank."""
+    micro_batches: int
+    """Forward passes of one rank in one step."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step over all ranks."""
+        return self.sequences * self.sequence_tokens
+
+    @property
+    def filling(self) -> int:
+        """Zero-weight rows of one step over all ranks."""
+        return self.data_parallel * self.micro_batches * self.micro - self.sequences
+
+
+def plan_batch(batch: BatchConfig, data_parallel: int) -> BatchPlan:
+    """Deal the batch out; ``PlanError`` if there are fewer sequences than ranks, or ``micro`` exceeds a rank's share."""
+    if batch.sequences < data_parallel:
+        raise PlanError(
+            f"batch.sequences={batch.sequences} is fewer than the {data_parallel} data-parallel ranks, so some would "
+            f"have nothing to do. Use at least {data_parallel} sequences, or fewer replicas."
+        )
+    share = -(-batch.sequences // data_parallel)
+    micro = share if batch.micro is None else batch.micro
+    if micro > share:
+        raise PlanError(
+            f"batch.micro={micro} is more than a rank's share of {share} sequences "
+            f"({batch.sequences} over {data_parallel}). Use {share} or fewer."
+        )
+    return BatchPlan(
+        sequences=batch.sequences,
+        sequence_tokens=batch.sequence_tokens,
+        data_parallel=data_parallel,
+        micro=micro,
+        micro_batches=-(-share // micro),
+    )

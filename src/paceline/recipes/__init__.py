@@ -1,0 +1,1 @@
+"""Whole jobs: what a command does from start to end."""

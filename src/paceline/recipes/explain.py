@@ -1,0 +1,131 @@
+"""``paceline train --dry-run``: the whole plan in words and numbers, without starting a process."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from paceline.comm.device import cores, cpu_has_bf16_units, processor_name
+from paceline.config import Config, strategy_name
+from paceline.errors import ConfigError
+from paceline.models.describe import describe
+from paceline.plan.batch import BatchPlan, plan_batch
+from paceline.plan.layout import ranks_per_replica
+from paceline.plan.memory import RankMemory, rank_memory
+from paceline.plan.model import ModelSizes
+from paceline.train.assemble import check_positions, model_sizes, resolve_model, resolve_precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a config comes to."""
+
+    config: Config
+    model: ModelSizes
+    vocabulary_is_open: bool
+    batch: BatchPlan
+    memory: RankMemory
+    precision: str
+    ranks: int
+    wire_bytes: float
+
+    def values(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        memory = {**asdict(self.memory), "states": self.memory.states, "total_estimate": self.memory.total_estimate}
+        return {
+            "config": self.config.tree(),
+            "model": asdict(self.model),
+            "batch": {**asdict(self.batch), "tokens": self.batch.tokens, "filling": self.batch.filling},
+            "precision": self.precision,
+            "ranks": [
+                {"rank": rank, "replica": rank // self.ranks, "does": self._duty(rank // self.ranks)}
+                for rank in range(self.config.replicas * self.ranks)
+            ],
+            "bytes_per_rank": memory,
+            "wire_bytes_per_step": self.wire_bytes,
+            "tokens_in_all": self.batch.tokens * self.config.train.steps,
+        }
+
+    def text(self) -> str:
+        """For a person."""
+        c, b, m = self.config, self.batch, self.memory
+        open_note = " (the vocabulary follows the tokenizer)" if self.vocabulary_is_open else ""
+        filling = f", {b.filling} place(s) filled with zero weight" if b.filling else ""
+        lines = [
+            f"model      {self.model.parameters:,} parameters in {self.model.tensors} tensors, {self.model.layers} blocks{open_note}",
+            f"batch      {b.sequences} sequences x {b.sequence_tokens} tokens = {b.tokens:,} tokens a step"
+            f" = {b.data_parallel} rank(s) x {b.micro_batches} micro-batch(es) x {b.micro} sequence(s){filling}",
+            f"run        {c.train.steps:,} steps, {b.tokens * c.train.steps:,} tokens, into {c.train.output}",
+            f"precision  {self.precision} ({'asked' if c.precision != 'auto' else 'auto'}; this processor "
+            f"{'has' if cpu_has_bf16_units() else 'has no'} bf16 units)",
+            f"optimizer  {strategy_name(c.optimizer)}, {strategy_name(c.schedule)} schedule",
+            f"sync       {strategy_name(c.sync)} over {c.replicas} replica(s), "
+            f"{_bytes(self.wire_bytes)} sent by each rank a step",
+            "",
+            "bytes per rank",
+            *(f"  {name:<34} {_bytes(size):>10}" for name, size in self._memory_rows()),
+            f"  {'total, with the estimates':<34} {_bytes(m.total_estimate):>10}",
+            "",
+            "ranks",
+            *(f"  rank {r}  {self._duty(r // self.ranks)}" for r in range(c.replicas * self.ranks)),
+            "",
+            f"this machine: {processor_name()}, {cores()} core(s)",
+        ]
+        return "\n".join(lines)
+
+    def _memory_rows(self) -> list[tuple[str, int]]:
+        m = self.memory
+        return [
+            ("fp32 weights", m.master_weights),
+            ("bf16 weights to compute with", m.compute_weights),
+            ("fp32 gradients", m.gradients),
+            ("optimizer state", m.optimizer),
+            ("sync buffers", m.sync),
+            ("activations (estimate)", m.activations_estimate),
+            ("logits (estimate)", m.logits_estimate),
+        ]
+
+    def _duty(self, replica: int) -> str:
+        b = self.batch
+        share = len(range(replica, b.sequences, b.data_parallel))
+        writes = "; writes metrics, checkpoints and the export" if replica == 0 else ""
+        return f"replica {replica}, the whole model, {share} of {b.sequences} sequences{writes}"
+
+
+def explain(config: Config) -> Plan:
+    """Resolve a config into its plan; raises what a run would raise before it starts."""
+    source = resolve_model(config)
+    if source is None:
+        raise ConfigError("model is missing; set model.config, model.preset or model.path")
+    ranks = ranks_per_replica(config.layout)
+    batch = plan_batch(config.batch, config.replicas)
+    check_positions(source, config.batch.sequence_tokens)
+    model = source.meta()
+    shapes = {info.name: info.shape for info in describe(model) if info.trainable}
+    sizes = model_sizes(model, source.vocabulary or 0)
+    precision = resolve_precision(config.precision, cpu_has_bf16_units())
+    sync: Any = config.sync
+    optimizer: Any = config.optimizer
+    return Plan(
+        config=config,
+        model=sizes,
+        vocabulary_is_open=source.vocabulary is None,
+        batch=batch,
+        precision=precision,
+        ranks=ranks,
+        memory=rank_memory(
+            sizes,
+            batch,
+            precision=precision,
+            recompute=config.layout.recompute,
+            state_per_parameter=optimizer.state_per_parameter,
+            sync_bytes=sync.state_bytes(shapes) if config.replicas > 1 else 0,
+        ),
+        wire_bytes=sync.wire_bytes(shapes, config.replicas),
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

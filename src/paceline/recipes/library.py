@@ -1,0 +1,112 @@
+"""Training from Python: the same run as the command line's, in the caller's own loop."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+
+from paceline.comm.device import claim
+from paceline.comm.ranks import ALONE
+from paceline.comm.world import join
+from paceline.config import Config, read
+from paceline.errors import PlanError
+from paceline.evaluate.held_out import Evaluation
+from paceline.launch import torchrun
+from paceline.objectives.base import Objective
+from paceline.plan.layout import ranks_per_replica
+from paceline.train.assemble import assemble
+from paceline.train.hooks import Hook, StepEvent
+from paceline.train.records import open_records
+from paceline.train.trainer import Loop
+
+Module = nn.Module | Callable[[], nn.Module]
+
+
+class Trainer:
+    """One rank's training, step by step, in the caller's process.
+
+    ``config`` is a Config, a map, or the path of a YAML file. ``model`` takes the place of the config's: an nn.Module
+    (or a function that makes one) whose forward takes ``input_ids`` (B, S) and gives logits (B, S, V). ``objective``
+    likewise. Alone the process is the only replica; under torchrun it is the rank that torchrun made it. Raises
+    ``PacelineError`` subclasses with a message for the user.
+    """
+
+    def __init__(
+        self,
+        config: Config | Mapping[str, Any] | str | Path,
+        *,
+        model: Module | None = None,
+        objective: Objective | None = None,
+        hooks: tuple[Hook, ...] = (),
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.config = as_config(config)
+        self._stack = ExitStack()
+        try:
+            self._loop = self._enter(model, objective, hooks, say)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that is trained."""
+        return self._loop.parts.model
+
+    @property
+    def step(self) -> int:
+        """Steps done, those before a resume included."""
+        return self._loop.step
+
+    def steps(self) -> Iterator[StepEvent]:
+        """Train; yields each step when it is done, up to ``train.steps``."""
+        return self._loop.steps()
+
+    def evaluate(self) -> Evaluation:
+        """Measure the held-out part now."""
+        return self._loop.evaluate()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step in the background."""
+        self._loop.save()
+
+    def close(self) -> None:
+        """Finish what runs in the background and leave the other ranks."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _enter(
+        self, model: Module | None, objective: Objective | None, hooks: tuple[Hook, ...], say: Callable[[str], None]
+    ) -> Loop:
+        config, coordinates, rendezvous = self.config, ALONE, None
+        ranks = ranks_per_replica(config.layout)
+        if torchrun.started_by_torchrun():
+            coordinates = torchrun.coordinates(config.replicas, ranks)
+            rendezvous = self._stack.enter_context(torchrun.rendezvous(coordinates))
+        elif config.replicas * ranks > 1:
+            raise PlanError(
+                f"replicas={config.replicas}, but a Trainer is one process: start the script with "
+                f"`torchrun --nproc-per-node {config.replicas * ranks}`, or call paceline.run, which starts the ranks"
+            )
+        world = self._stack.enter_context(join(coordinates, claim(coordinates), rendezvous))
+        module = model() if callable(model) and not isinstance(model, nn.Module) else model
+        parts = assemble(config, world, module=module, objective=objective, say=say)
+        loop = self._stack.enter_context(Loop(parts, hooks=hooks))
+        if coordinates.is_leader:
+            open_records(loop)
+        return loop
+
+
+def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
+    """A Config from whatever a caller has."""
+    if isinstance(config, Config):
+        return config
+    return Config.parse(config) if isinstance(config, Mapping) else read(config)

@@ -1,0 +1,201 @@
+"""``paceline train``: from a config to a trained model, its checkpoints, its export and its report."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from paceline.comm.device import claim as claim_device
+from paceline.comm.ranks import Coordinates
+from paceline.comm.world import Rendezvous, join
+from paceline.config import Config
+from paceline.errors import ConfigError
+from paceline.export import hugging_face
+from paceline.launch import torchrun
+from paceline.launch.local import LocalRun
+from paceline.plan.batch import plan_batch
+from paceline.plan.layout import ranks_per_replica
+from paceline.recipes import folder as run_folder
+from paceline.recipes.prepare import prepare_in_child
+from paceline.track import RunInfo, Tracker
+from paceline.track.report import write_report
+from paceline.track.terminal import display
+from paceline.train.assemble import assemble
+from paceline.train.records import open_records
+from paceline.train.trainer import Loop
+from paceline.workers.process import Line
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run came to."""
+
+    output: str
+    step: int
+    steps: int
+    loss: float | None = None
+    """Of the last step of this process; None if the run was complete already."""
+    held_out_loss: float | None = None
+    bits_per_byte: float | None = None
+    first_loss_s: float | None = None
+    """Seconds from the start to the first loss."""
+    seconds: float = 0.0
+
+    @property
+    def stopped(self) -> bool:
+        """Asked to stop before the last step."""
+        return self.step < self.steps
+
+    def values(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+def run(config: Config, *, debug: bool = False, say: Say = print) -> Result | None:
+    """Run a config to its end on this machine, or as the rank that torchrun made this process.
+
+    Under torchrun only the leader returns a result.
+    """
+    if config.model is None:
+        raise ConfigError("model is missing; set model.config, model.preset or model.path")
+    ranks = ranks_per_replica(config.layout)
+    plan_batch(config.batch, config.replicas)
+    if torchrun.started_by_torchrun():
+        return _train_as_rank(config, ranks, say)
+    with run_folder.claim(config.train.output) as output:
+        return _train_here(config, ranks, output, debug=debug, say=say)
+
+
+def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: Say) -> Result:
+    """Fork the ranks from a process that has imported everything, and show what they report."""
+    start = time.perf_counter()
+    prepare_in_child(config, output / "logs" / "prepare.log", say=say, debug=debug)
+    local = LocalRun(
+        _RankMain(config),
+        _places(config, ranks),
+        port=config.train.port,
+        logs=output / "logs",
+        debug=debug,
+    )
+    run_folder.write_processes(output, _processes(local))
+    shown: Tracker | None = None
+    first_loss_s = None
+    done: dict[str, Any] = {}
+    try:
+        for rank, message in local.messages():
+            if rank != 0:
+                continue
+            match message:
+                case {"kind": "info", "info": info}:
+                    shown = display(config.track.display, RunInfo(**info), sys.stdout)
+                case {"kind": "done", "result": result}:
+                    done = result
+                case {"kind": "step" | "evaluation" | "event" as kind, "record": record} if shown:
+                    if first_loss_s is None and kind == "step":
+                        first_loss_s = time.perf_counter() - start
+                    getattr(shown, kind)(record)
+    finally:
+        if shown:
+            shown.close()
+    return Result(**{**done, "first_loss_s": first_loss_s, "seconds": time.perf_counter() - start})
+
+
+def _places(config: Config, ranks: int) -> list[Coordinates]:
+    world = config.replicas * ranks
+    return [
+        Coordinates.of(rank, replicas=config.replicas, ranks=ranks, local_rank=rank, local_ranks=world)
+        for rank in range(world)
+    ]
+
+
+def _processes(local: LocalRun) -> list[dict[str, Any]]:
+    launcher = {"pid": os.getpid(), "role": "launcher", "replica": None, "rank": None}
+    return [launcher] + [
+        {"pid": rank.pid, "role": "rank", "replica": rank.coordinates.replica, "rank": rank.coordinates.rank}
+        for rank in local.ranks
+    ]
+
+
+def _train_as_rank(config: Config, ranks: int, say: Say) -> Result | None:
+    coordinates = torchrun.coordinates(config.replicas, ranks)
+    with torchrun.rendezvous(coordinates) as rendezvous:
+        result = run_rank(config, coordinates, rendezvous, say=say if coordinates.is_leader else lambda _: None)
+    return result if coordinates.is_leader else None
+
+
+@dataclass(frozen=True)
+class _RankMain:
+    """What each local rank runs. A class, so that a spawned process can receive it."""
+
+    config: Config
+
+    def __call__(self, coordinates: Coordinates, rendezvous: Rendezvous, line: Line) -> None:
+        result = run_rank(self.config, coordinates, rendezvous, line=line)
+        line.send("done", result=result.values())
+
+
+class _Forward:
+    """Tells the launcher what the leader's trackers are told; the launcher has the terminal."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        self._line.send("step", record=dict(metrics))
+
+    def evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        self._line.send("evaluation", record=dict(evaluation))
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        self._line.send("event", record=dict(event))
+
+    def close(self) -> None:
+        """The line outlives the trackers."""
+
+
+def run_rank(
+    config: Config, coordinates: Coordinates, rendezvous: Rendezvous | None, *, line: Line | None = None, say: Say = print
+) -> Result:
+    """Train as one rank; the leader also keeps the records, the export and the report."""
+    device = claim_device(coordinates)
+    with join(coordinates, device, rendezvous) as world, Loop(assemble(config, world, say=say)) as loop:
+        loop.stop_request.listen(signal.SIGTERM, *([signal.SIGINT] if line is None else []))
+        if coordinates.is_leader:
+            info = open_records(loop, display=line is None, extra=[_Forward(line)] if line else [])
+            if line:
+                line.send("info", info=asdict(info))
+        loss = None
+        for event in loop.steps():
+            loss = event.loss
+        loop.finish_saving()
+        if coordinates.is_leader:
+            _leave_results(loop)
+        newest = loop.evaluation
+        return Result(
+            output=config.train.output,
+            step=loop.step,
+            steps=config.train.steps,
+            loss=loss,
+            held_out_loss=newest.loss if newest else None,
+            bits_per_byte=newest.bits_per_byte if newest else None,
+        )
+
+
+def _leave_results(loop: Loop) -> None:
+    """The Hugging Face folder and the report."""
+    config, output = loop.parts.config, Path(loop.parts.config.train.output)
+    assert loop.trackers is not None
+    if loop.parts.source is not None:
+        hugging_face.write(
+            output / "export", loop.weights(), loop.parts.source, loop.parts.prepared.tokenizer
+        )
+        loop.trackers.event("export", str(output / "export"), step=loop.step)
+    if loop.step == config.train.steps:
+        loop.trackers.event("done", f"{loop.step} steps", step=loop.step)
+    write_report(output)

@@ -1,0 +1,83 @@
+"""Names a user may write in a config, and where the class behind each name lives.
+
+A strategy is one file with one frozen config class and one runtime class, and one line in a table here. The value is
+``module:ConfigClass``; it is imported when the name is used, so that a table costs nothing to read. The config class
+names its runtime class by a ``build`` method. Conformance tests read these tables: a new line is tested without new
+test code.
+"""
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from paceline.errors import ConfigError
+
+
+class Table:
+    """A literal map from a user's word to a lazily imported config class."""
+
+    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+        self.kind = kind
+        self._entries = entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def target(self, name: str) -> str:
+        """Where the config class called ``name`` lives, as ``module:Class``."""
+        return self._entries[name]
+
+    def load(self, name: str) -> type[Any]:
+        """Import and return the config class called ``name``; ``ConfigError`` if there is none."""
+        if name not in self._entries:
+            raise ConfigError(f"{self.kind}={name!r}: {unknown(name, self._entries)}")
+        module, _, attribute = self._entries[name].partition(":")
+        loaded: type[Any] = getattr(importlib.import_module(module), attribute)
+        return loaded
+
+
+def unknown(name: str, known: Iterator[str] | dict[str, Any] | list[str]) -> str:
+    """Say that ``name`` is not known, with the nearest known name if one is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}."
+    return f"unknown name, {hint}"
+
+
+OBJECTIVES = Table(
+    "objective",
+    {
+        "next_token": "paceline.objectives.next_token:NextToken",
+        "right_to_left": "paceline.objectives.right_to_left:RightToLeft",
+        "masked": "paceline.objectives.masked:Masked",
+        "seq2seq": "paceline.objectives.seq2seq:Seq2Seq",
+    },
+)
+
+OPTIMIZERS = Table(
+    "optimizer",
+    {
+        "adamw": "paceline.optim.adamw:AdamW",
+        "sgd": "paceline.optim.sgd:SGD",
+    },
+)
+
+SCHEDULES = Table(
+    "schedule",
+    {
+        "constant": "paceline.optim.constant:Constant",
+        "cosine": "paceline.optim.cosine:Cosine",
+        "linear": "paceline.optim.linear:Linear",
+    },
+)
+
+SYNCS = Table(
+    "sync",
+    {
+        "all_reduce": "paceline.sync.all_reduce:AllReduce",
+    },
+)

@@ -1,0 +1,1 @@
+"""In which order the micro-batches of a step run."""

@@ -1,0 +1,40 @@
+"""Gradient accumulation: the micro-batches of a step, one after the other."""
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+
+import torch
+from torch import nn
+
+from paceline.objectives.base import Batch, Objective
+
+
+class Accumulate:
+    """Runs micro-batches forward and backward so that their gradients add up to that of the whole batch."""
+
+    def __init__(self, model: nn.Module, objective: Objective, *, seed: int, device: torch.device) -> None:
+        self._model = model
+        self._objective = objective
+        self._seed = seed
+        self._device = device
+
+    def run(self, batches: Sequence[Batch], *, step: int, scale: float, expect: Callable[[bool], None]) -> float:
+        """Add ``scale`` times the gradient of the summed loss to the parameters' gradients; returns the summed loss.
+
+        ``expect`` is told before each backward pass whether it is the last of the step, after which gradients are final.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for i, batch in enumerate(batches):
+            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+                torch.manual_seed(stream_seed(self._seed, step, batch.first_sequence))
+                expect(i == len(batches) - 1)
+                loss = self._objective.loss(self._model, batch.to(self._device))
+                (loss * scale).backward()
+            total += loss.detach()
+        return float(total.item())
+
+
+def stream_seed(*parts: object) -> int:
+    """A 63-bit seed that is a function of ``parts`` alone."""
+    digest = blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

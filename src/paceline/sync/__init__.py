@@ -1,0 +1,1 @@
+"""How replicas agree with each other: one strategy a file."""

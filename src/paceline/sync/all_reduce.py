@@ -1,0 +1,154 @@
+"""Synchronous data parallelism: gradients are summed over replicas every step, while the backward pass still runs.
+
+The loss is divided by the number of targets of all replicas before the backward pass, so the sum of the replicas'
+gradients is the gradient of the whole batch.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+
+from paceline.comm.link import Link, Pending, all_reduce_bytes
+from paceline.comm.replica import Finish, Replica, Shard
+from paceline.config import Options, Positive
+from paceline.sync.base import Shapes, check_equal_start
+
+_COUNT_BYTES = 8
+
+
+class AllReduce(Options):
+    """Sum gradients over replicas every step, bucket by bucket, overlapping the backward pass."""
+
+    bucket_mib: Positive = 4.0
+    """Gradients are sent in buckets of about this size: small ones start early, large ones waste less."""
+
+    def wire_bytes(self, shapes: Shapes, replicas: int) -> float:
+        """Payload bytes one rank sends in one step: fp32 gradients, a presence mark each, and the counts."""
+        numels = [math.prod(shape) for shape in shapes.values()]
+        buckets = bucketed(numels, self._bucket_numel)
+        sent = sum(all_reduce_bytes(4 * sum(numels[i] + 1 for i in bucket), replicas) for bucket in buckets)
+        return sent + all_reduce_bytes(_COUNT_BYTES, replicas)
+
+    def state_bytes(self, shapes: Shapes) -> int:
+        """The buckets: one fp32 copy of the gradients."""
+        return sum(4 * (math.prod(shape) + 1) for shape in shapes.values())
+
+    def build(self, link: Link) -> "AllReduceSync":
+        """The strategy at work over a link."""
+        return AllReduceSync(link, self._bucket_numel)
+
+    @property
+    def _bucket_numel(self) -> int:
+        return max(1, int(self.bucket_mib * 2**20 / 4))
+
+
+def bucketed(numels: Sequence[int], most: int) -> list[list[int]]:
+    """Indices of tensors grouped into buckets of about ``most`` elements, last tensor first.
+
+    Every tensor stands in exactly one bucket; one larger than ``most`` has a bucket of its own.
+    """
+    buckets: list[list[int]] = []
+    room = 0
+    for index in reversed(range(len(numels))):
+        if numels[index] > room or not buckets:
+            buckets.append([])
+            room = most
+        buckets[-1].append(index)
+        room -= numels[index]
+    return buckets
+
+
+class _Bucket:
+    """A flat buffer of the gradients of a few shards, with a mark for each that has one.
+
+    A parameter without a gradient in every replica must stay without one (an optimizer would decay it otherwise), so
+    the number of replicas that have it is summed along with the gradients.
+    """
+
+    def __init__(self, shards: list[Shard]) -> None:
+        self.shards = shards
+        sizes = [shard.local.numel() for shard in shards]
+        dtype = functools.reduce(torch.promote_types, (shard.local.dtype for shard in shards))
+        self.buffer = torch.zeros(sum(sizes) + len(sizes), dtype=dtype, device=shards[0].local.device)
+        *self.views, self.marks = self.buffer.split([*sizes, len(sizes)])
+        self.waiting = len(shards)
+        self.pending: Pending | None = None
+
+    def clear(self) -> None:
+        self.waiting = len(self.shards)
+        self.pending = None
+
+    def fill(self) -> None:
+        for i, (shard, view) in enumerate(zip(self.shards, self.views, strict=True)):
+            gradient = shard.gradient
+            if gradient is None:
+                view.zero_()
+            else:
+                view.copy_(gradient.reshape(-1))
+            self.marks[i] = float(gradient is not None)
+
+    def empty(self) -> None:
+        present = self.marks.tolist()
+        for shard, view, mark in zip(self.shards, self.views, present, strict=True):
+            shard.set_gradient(view if mark > 0 else None)
+
+
+class AllReduceSync:
+    """The all-reduce strategy on one rank."""
+
+    def __init__(self, link: Link, bucket_numel: int) -> None:
+        self.link = link
+        self._bucket_numel = bucket_numel
+        self._buckets: list[_Bucket] = []
+        self._bucket_of: dict[str, _Bucket] = {}
+        self._launched = 0
+
+    def start(self, replica: Replica) -> None:
+        """Check that replicas start equal, and plan the buckets."""
+        check_equal_start(self.link, replica)
+        numels = [shard.local.numel() for shard in replica.shards]
+        groups = bucketed(numels, self._bucket_numel) if self.link.size > 1 else []
+        self._buckets = [_Bucket([replica.shards[i] for i in group]) for group in groups]
+        self._bucket_of = {shard.name: bucket for bucket in self._buckets for shard in bucket.shards}
+        self._device = replica.shards[0].local.device
+
+    def begin(self, step: int, replica: Replica, count: int) -> int:
+        """All replicas' targets; from here on, a full bucket is sent as soon as those before it have been."""
+        for bucket in self._buckets:
+            bucket.clear()
+        self._launched = 0
+        replica.on_gradient_ready(self._ready)
+        total = torch.tensor([count], dtype=torch.int64, device=self._device)
+        self.link.all_reduce(total).wait()
+        return int(total.item())
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all replicas."""
+        total = values.to(self._device)
+        self.link.all_reduce(total).wait()
+        return total
+
+    def update(self, replica: Replica) -> Finish:
+        """Send the buckets whose gradients never came, put the sums in place, and step; all replicas decide alike."""
+        self._launch(every=True)
+        for bucket in self._buckets:
+            assert bucket.pending is not None
+            bucket.pending.wait()
+            bucket.empty()
+        # The summed gradients are bit-identical in all replicas: so is the decision each takes on them.
+        return replica.finish(vote=lambda wish: wish)
+
+    def _ready(self, shard: Shard) -> None:
+        if bucket := self._bucket_of.get(shard.name):
+            bucket.waiting -= 1
+            self._launch()
+
+    def _launch(self, every: bool = False) -> None:
+        # Always in bucket order: exchanges are matched by the order in which they start.
+        while self._launched < len(self._buckets) and (every or self._buckets[self._launched].waiting == 0):
+            bucket = self._buckets[self._launched]
+            bucket.fill()
+            bucket.pending = self.link.all_reduce(bucket.buffer)
+            self._launched += 1

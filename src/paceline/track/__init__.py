@@ -1,0 +1,34 @@
+"""Watching a run: its records as JSON lines, TensorBoard, the terminal, and a report in one HTML file."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TextIO
+
+from paceline.config import TrackConfig
+from paceline.track.base import Record, RunInfo, Tracker, Trackers
+
+__all__ = ["Record", "RunInfo", "Tracker", "Trackers", "open_trackers"]
+
+
+def open_trackers(
+    folder: Path, config: TrackConfig, info: RunInfo, *, stream: TextIO | None = None, extra: Iterable[Tracker] = ()
+) -> Trackers:
+    """Open the trackers of a run whose files are in ``folder``; the display goes to ``stream`` (standard output).
+    ``extra`` trackers are told as well.
+
+    Metrics and evaluations after ``info.start_step`` are cut first, so that each step stands once. Raises
+    ``TrainError`` when the folder cannot be written.
+    """
+    from paceline.track.jsonl import JsonLines, cut
+    from paceline.track.terminal import display
+
+    cut(folder, info.start_step)
+    source = JsonLines(folder)
+    sinks: list[Tracker] = [*extra]
+    if config.tensorboard:
+        from paceline.track.tensorboard import TensorBoard
+
+        sinks.append(TensorBoard(folder / "tensorboard", start_step=info.start_step))
+    shown = display(config.display, info, stream or sys.stdout)
+    return Trackers(source, [*sinks, shown] if shown else sinks)

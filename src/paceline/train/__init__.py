@@ -1,0 +1,1 @@
+"""The replica, the step, and the loop around it."""

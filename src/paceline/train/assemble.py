@@ -1,0 +1,315 @@
+"""From a config to the parts of a training loop on one rank, in the order in which the data flows."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from paceline.checkpoint import Checkpointer, LocalExchange
+from paceline.comm.device import cores, matmul_flops_per_s
+from paceline.comm.world import World
+from paceline.config import Config, strategy_name
+from paceline.data.loader import Loader, held_out_rows
+from paceline.data.order import FileOrder, Order, SampleOrder
+from paceline.data.pack import PackedRows, PairedRows
+from paceline.data.prepare import Prepared, prepare
+from paceline.data.rows import Rows
+from paceline.errors import PlanError
+from paceline.evaluate.held_out import HeldOut, tokens_per_byte
+from paceline.evaluate.sample import continue_text
+from paceline.models.describe import describe
+from paceline.models.source import ModelSource
+from paceline.objectives.base import Objective, ObjectiveContext, ObjectiveOptions
+from paceline.objectives.isolation import check_isolation
+from paceline.optim.base import OptimizerConfig, ScheduleConfig
+from paceline.parallel.blocks import blocks
+from paceline.parallel.compiled import compile_blocks
+from paceline.parallel.precision import Masters
+from paceline.parallel.recompute import recompute_full
+from paceline.plan.batch import BatchPlan, plan_batch
+from paceline.plan.model import ModelSizes
+from paceline.schedule.accumulate import Accumulate
+from paceline.sync.base import Sync
+from paceline.train.replica import ModuleReplica
+
+Say = Callable[[str], None]
+
+DEFAULT_VOCABULARY = 8192
+"""Of a tokenizer trained on the data where neither the model nor the config says a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything the loop of one rank works with."""
+
+    config: Config
+    world: World
+    source: ModelSource | None
+    prepared: Prepared
+    model: nn.Module
+    sizes: ModelSizes
+    precision: str
+    objective: Objective
+    batch: BatchPlan
+    loader: Loader
+    optimizer_config: OptimizerConfig
+    schedule_config: ScheduleConfig
+    replica: ModuleReplica
+    sync: Sync
+    schedule: Accumulate
+    evaluator: HeldOut
+    checkpointer: Checkpointer | None
+    """Of the rank that writes; None on the others."""
+    peak_flops_per_s: float
+    """Measured matrix-multiplication peak of all ranks together."""
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations for one token, forward and backward."""
+        return self.sizes.flops_per_token(self.batch.sequence_tokens)
+
+
+def resolve_model(config: Config) -> ModelSource | None:
+    """The model that the config names; None if it names none (a module is then given)."""
+    return ModelSource.of(config.model, objective_options(config).head) if config.model else None
+
+
+def objective_options(config: Config) -> ObjectiveOptions:
+    """The objective's config, typed."""
+    assert isinstance(config.objective, ObjectiveOptions)
+    return config.objective
+
+
+def prepare_data(config: Config, source: ModelSource | None, *, say: Say) -> Prepared:
+    """Read, tokenise and cache the data, or open the cache."""
+    options = objective_options(config)
+    return prepare(
+        config.data,
+        columns=options.columns(config.data),
+        vocabulary=_vocabulary(config, source),
+        tokenizer=source.tokenizer if source else None,
+        extra_tokens=options.special_tokens(config.batch.sequence_tokens),
+        workers=cores(),
+        say=say,
+    )
+
+
+def _vocabulary(config: Config, source: ModelSource | None) -> int | None:
+    """Entries of a tokenizer that is trained, or the most that a given one may have; None for any number."""
+    asked, rows = config.data.vocabulary, source.vocabulary if source else None
+    if asked is not None and rows is not None and asked > rows:
+        raise PlanError(f"data.vocabulary={asked} is more than the model's {rows} rows of embedding; use {rows} or fewer")
+    given = config.data.tokenizer or (source and source.tokenizer)
+    return rows if given else asked or rows or DEFAULT_VOCABULARY
+
+
+def assemble(
+    config: Config,
+    world: World,
+    *,
+    module: nn.Module | None = None,
+    objective: Objective | None = None,
+    say: Say = print,
+) -> Parts:
+    """Build every part of this rank. ``module`` and ``objective`` take the place of those the config names."""
+    coordinates, device = world.coordinates, world.device
+    batch = plan_batch(config.batch, coordinates.replicas)
+    source = resolve_model(config) if module is None else None
+    prepared = prepare_data(config, source, say=say)
+    if source:
+        source = source.with_vocabulary(prepared.special.vocabulary, asdict(prepared.special))
+        check_positions(source, config.batch.sequence_tokens)
+    context = objective_context(config, prepared, source)
+    options = objective_options(config)
+    row_tokens = options.row_tokens(context)
+    train_rows = _rows(config, prepared, row_tokens, options.overlap)
+    loader = Loader(
+        train_rows,
+        _order(config, train_rows),
+        sequences=batch.sequences,
+        rank=coordinates.replica,
+        ranks=coordinates.replicas,
+        micro=batch.micro,
+    )
+    model = source.build(config.seed) if source else module
+    if model is None:
+        raise PlanError("there is no model: set model.config, model.preset or model.path, or pass a module")
+    sizes = model_sizes(model, prepared.special.vocabulary)
+    model.to(device.torch_device).train()
+    objective = objective or options.build(context)
+    if config.data.isolate_documents and source:
+        check_isolation(model, options, context)
+    precision = resolve_precision(config.precision, device.has_bf16_units)
+    masters = Masters(model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if config.layout.recompute == "full":
+        recompute_full(model)
+    if config.train.compile:
+        compile_blocks(model)
+    return Parts(
+        config=config,
+        world=world,
+        source=source,
+        prepared=prepared,
+        model=model,
+        sizes=sizes,
+        precision=precision,
+        objective=objective,
+        batch=batch,
+        loader=loader,
+        optimizer_config=config.optimizer,  # type: ignore[arg-type]
+        schedule_config=config.schedule,  # type: ignore[arg-type]
+        replica=ModuleReplica(masters, config.optimizer, config.train.clip_norm),  # type: ignore[arg-type]
+        sync=config.sync.build(world.link),  # type: ignore[attr-defined]
+        schedule=Accumulate(model, objective, seed=config.seed, device=device.torch_device),
+        evaluator=_evaluator(config, world, prepared, model, objective, batch, row_tokens),
+        checkpointer=_checkpointer(config, world),
+        peak_flops_per_s=coordinates.global_ranks
+        * matmul_flops_per_s(device, torch.bfloat16 if precision == "bf16" else torch.float32),
+    )
+
+
+def resolve_precision(asked: str, has_bf16_units: bool) -> str:
+    """What ``auto`` means on this device."""
+    return asked if asked != "auto" else ("bf16" if has_bf16_units else "fp32")
+
+
+def model_sizes(model: nn.Module, vocabulary: int) -> ModelSizes:
+    """Counts of a module, which may be on the meta device."""
+    infos = describe(model)
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = getattr(embedding, "weight", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    lookup_only = table is not None and getattr(head, "weight", None) is not table
+    return ModelSizes(
+        parameters=sum(info.numel for info in infos),
+        trainable=sum(info.numel for info in infos if info.trainable),
+        lookup_parameters=table.numel() if lookup_only and table is not None else 0,
+        tensors=len(infos),
+        layers=len(blocks(model)),
+        width=getattr(text, "hidden_size", 0) or 0,
+        vocabulary=getattr(text, "vocab_size", None) or vocabulary,
+    )
+
+
+def objective_context(config: Config, prepared: Prepared, source: ModelSource | None) -> ObjectiveContext:
+    """What the objective is told about tokenizer, model and batch."""
+    decoder_start = None
+    if source and source.head == "seq2seq":
+        decoder_start = source.hugging_face_config().decoder_start_token_id
+    return ObjectiveContext(
+        special=prepared.special,
+        sequence_tokens=config.batch.sequence_tokens,
+        isolate_documents=config.data.isolate_documents,
+        decoder_start=decoder_start,
+    )
+
+
+def _rows(config: Config, prepared: Prepared, row_tokens: int, overlap: int) -> list[Rows]:
+    if prepared.train[0].target is not None:
+        return [PairedRows(part, row_tokens) for part in prepared.train]
+    return [
+        PackedRows(
+            part,
+            row_tokens,
+            overlap,
+            shuffle_key=(config.seed, "sentences", i) if config.data.split == "sentence" else None,
+            by_file=config.data.split == "file",
+        )
+        for i, part in enumerate(prepared.train)
+    ]
+
+
+def _order(config: Config, rows: list[Rows]) -> Order:
+    if config.data.split != "file":
+        return SampleOrder([len(r) for r in rows], [s.weight for s in config.data.sources], config.seed)
+    if len(rows) != 1 or not isinstance(rows[0], PackedRows):
+        raise PlanError(
+            "data.split=file deals out the files of one source of plain text; use one data.source, or split=sample"
+        )
+    return FileOrder(rows[0].rows_per_part, config.batch.sequences, config.seed)
+
+
+def _evaluator(
+    config: Config,
+    world: World,
+    prepared: Prepared,
+    model: nn.Module,
+    objective: Objective,
+    batch: BatchPlan,
+    row_tokens: int,
+) -> HeldOut:
+    options = objective_options(config)
+    held_out: list[Rows] = []
+    for part in prepared.held_out:
+        if part.target is not None:
+            held_out.append(PairedRows(part, row_tokens, allow_empty=True))
+        else:
+            held_out.append(PackedRows(part, row_tokens, options.overlap, keep_tail=True))
+    coordinates = world.coordinates
+    return HeldOut(
+        model=model,
+        objective=objective,
+        rows=partial(
+            held_out_rows, held_out, config.evaluate.sequences, coordinates.replica, coordinates.replicas
+        ),
+        micro=batch.micro,
+        seed=config.seed,
+        device=world.device.torch_device,
+        tokens_per_byte=tokens_per_byte(prepared.held_out) if options.head == "causal" else None,
+        sampler=partial(_samples, config, world, prepared, model),
+    )
+
+
+def _samples(config: Config, world: World, prepared: Prepared, model: nn.Module) -> tuple[dict[str, str], ...]:
+    options = objective_options(config)
+    if not world.coordinates.is_leader or options.head != "causal" or not config.evaluate.prompts:
+        return ()
+    tokenizer = Tokenizer.from_file(str(prepared.tokenizer / "tokenizer.json"))
+    return tuple(
+        {
+            "prompt": prompt,
+            "text": continue_text(
+                model,
+                tokenizer,
+                prompt,
+                tokens=config.evaluate.sample_tokens,
+                window=config.batch.sequence_tokens,
+                end=prepared.special.end,
+                device=world.device.torch_device,
+                backward=strategy_name(options) == "right_to_left",
+            ),
+        }
+        for prompt in config.evaluate.prompts
+    )
+
+
+def _checkpointer(config: Config, world: World) -> Checkpointer | None:
+    """Replicas are kept equal by the sync, so the first writes for all."""
+    if world.coordinates.replica != 0:
+        return None
+    assert world.coordinates.ranks == 1
+    return Checkpointer(
+        Path(config.train.output) / "checkpoints",
+        rank=0,
+        ranks=1,
+        exchange=LocalExchange(),
+        layout={"replicas": world.coordinates.replicas},
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+    )
+
+
+def check_positions(source: ModelSource, sequence_tokens: int) -> None:
+    """Raise ``PlanError`` if rows are longer than the model can tell positions apart."""
+    limit = source.max_positions
+    if limit is not None and sequence_tokens > limit:
+        raise PlanError(
+            f"batch.sequence_tokens={sequence_tokens} is more than the model's {limit} positions. Use {limit} or fewer, "
+            "or set model.config.max_position_embeddings."
+        )

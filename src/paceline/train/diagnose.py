@@ -1,0 +1,70 @@
+"""Where a value stopped being finite."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.errors import NonFiniteElsewhere, NonFiniteError
+from paceline.objectives.base import Batch, Objective
+
+
+def locate(
+    error: NonFiniteError, model: nn.Module, objective: Objective, batches: Iterable[Batch], where: str
+) -> NonFiniteError:
+    """Run the micro-batches forward and backward once more and name the first value that is not finite.
+
+    The weights must still be those of the failed step. Returns the error to raise on this rank.
+    """
+    model.zero_grad(set_to_none=True)
+    for i, batch in enumerate(batches):
+        with watch(model) as found:
+            loss = objective.loss(model, batch)
+            if not found and math.isfinite(loss.item()):
+                loss.backward()
+        found += [f"gradient of {n}" for n, p in model.named_parameters() if not found and _bad(p.grad)]
+        model.zero_grad(set_to_none=True)
+        if found or not math.isfinite(loss.item()):
+            first = found[0] if found else "the loss itself"
+            return NonFiniteError(
+                f"{error}; it began in {first} ({where}, micro-batch {i}). Lower optimizer.lr, lengthen the warm-up, "
+                "or use precision=fp32; the last checkpoint is untouched."
+            )
+    return NonFiniteElsewhere(f"{error}; every value on {where} is finite")
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[list[str]]:
+    """Collect the names of the first weight or module output that is not finite, in the order of computation."""
+    found = [f"the weight {name}" for name, parameter in model.named_parameters() if _bad(parameter)][:1]
+
+    def check(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not found and any(_bad(tensor) for tensor in _tensors(output)):
+                found.append(f"the output of {name}")
+
+        return hook
+
+    handles = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, tuple | list):
+        for item in output:
+            yield from _tensors(item)
+    elif isinstance(output, dict):
+        yield from _tensors(list(output.values()))
+
+
+def _bad(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())

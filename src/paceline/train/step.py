@@ -1,0 +1,44 @@
+"""One step: count, forward and backward, exchange, finish."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from paceline.errors import NonFiniteError
+from paceline.objectives.base import Batch
+from paceline.schedule.accumulate import Accumulate
+from paceline.sync.base import Sync
+from paceline.train.replica import ModuleReplica
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step did, over the group of replicas that the sync names."""
+
+    loss: float
+    """Mean over the targets of the group, before the update."""
+    targets: int
+    gradient_norm: float
+    stop: bool
+    """Some rank was asked to stop: all stop after this step."""
+
+
+def train_step(
+    replica: ModuleReplica, sync: Sync, schedule: Accumulate, batches: Sequence[Batch], *, step: int, stop: bool
+) -> StepResult:
+    """Run one step on this rank's micro-batches; ``NonFiniteError`` before the weights change if loss or gradient is bad.
+
+    The loss is a sum; it is divided once, before the backward pass, by the targets of all replicas that share the step.
+    """
+    targets = sync.begin(step, replica, sum(batch.count for batch in batches))
+    loss_sum = schedule.run(batches, step=step, scale=1.0 / max(1, targets), expect=replica.expect)
+    total_loss, stops = sync.total(torch.tensor([loss_sum, float(stop)], dtype=torch.float64)).tolist()
+    loss = total_loss / max(1, targets)
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"loss is {loss} at step {step}")
+    finish = sync.update(replica)
+    if not finish.stepped:
+        raise NonFiniteError(f"the gradient norm is {finish.gradient_norm} at step {step} (the loss was {loss:.6g})")
+    return StepResult(loss=loss, targets=targets, gradient_norm=finish.gradient_norm, stop=stops > 0)

@@ -1,0 +1,211 @@
+"""The loop around the step: rates, measurements, checkpoints, and when to stop."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from paceline.checkpoint import Checkpoint, load, newest, steps
+from paceline.comm.ranks import Coordinates
+from paceline.config import strategy_name
+from paceline.errors import CheckpointError, NonFiniteError
+from paceline.evaluate.held_out import Evaluation
+from paceline.track import Trackers
+from paceline.train import state
+from paceline.train.assemble import Parts
+from paceline.train.diagnose import locate
+from paceline.train.hooks import Hook, StepEvent
+from paceline.train.memory import used_bytes
+from paceline.train.policy import StopRequest, after
+from paceline.train.step import train_step
+
+
+class Loop:
+    """Runs the steps of one rank; ``steps()`` yields each when it is done.
+
+    The position is two numbers, the step and the sequences consumed: everything else that a step needs is a function of
+    them, of the seed and of the weights.
+    """
+
+    def __init__(self, parts: Parts, *, hooks: tuple[Hook, ...] = ()) -> None:
+        self.parts = parts
+        self.step = 0
+        self.sequences_seen = 0
+        self.tokens_seen = 0
+        self.stop_request = StopRequest()
+        self.evaluation: Evaluation | None = None
+        """The newest."""
+        self.trackers: Trackers | None = None
+        """Who is told; the leader's only."""
+        self._hooks = hooks
+        self._resume()
+        parts.sync.start(parts.replica)
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Who this rank is."""
+        return self.parts.world.coordinates
+
+    def steps(self) -> Iterator[StepEvent]:
+        """Train up to ``train.steps``, or until some rank is asked to stop; saves at the end."""
+        config = self.parts.config
+        while self.step < config.train.steps:
+            event, stop = self._one_step()
+            for hook in self._hooks:
+                hook(event)
+            todo = after(config, self.step, stop)
+            if self.trackers:
+                self.trackers.step(event.values())
+            if todo.evaluate:
+                self.evaluate()
+            if todo.save:
+                self.save()
+            if stop and self.trackers:
+                self.trackers.event("stop", f"asked to stop after step {self.step}: saved", step=self.step)
+            yield event
+            if todo.stop:
+                break
+
+    def finish_saving(self) -> None:
+        """Wait until the newest checkpoint is on disk; ``CheckpointError`` if it could not be written."""
+        if self.parts.checkpointer:
+            self.parts.checkpointer.wait()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's state as transformers names it, parameters in fp32."""
+        learned = {shard.name: shard.parameter.detach() for shard in self.parts.replica.shards}
+        return {name: learned.get(name, value) for name, value in self.parts.model.state_dict().items()}
+
+    def evaluate(self) -> Evaluation:
+        """Measure the held-out part, and continue the prompts, on all ranks."""
+        self.evaluation = self.parts.evaluator.measure(self.step, self.parts.sync)
+        if self.trackers:
+            self.trackers.evaluation(self.evaluation.values())
+        return self.evaluation
+
+    def save(self) -> None:
+        """Write a checkpoint of this step in the background; the replicas hold the same, so one writes."""
+        if self.parts.checkpointer is None:
+            return
+        self.parts.checkpointer.save(self.step, state.tensors(self.parts.model, self.parts.replica), self._values())
+        if self.trackers:
+            self.trackers.event("checkpoint", f"step {self.step}", step=self.step)
+
+    def close(self) -> None:
+        """Finish what runs in the background."""
+        self.parts.loader.close()
+        if self.parts.checkpointer:
+            self.parts.checkpointer.wait()
+        if self.trackers:
+            self.trackers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _one_step(self) -> tuple[StepEvent, bool]:
+        parts, step = self.parts, self.step + 1
+        start = time.perf_counter()
+        rows = parts.loader.batch(self.sequences_seen)
+        batches = [parts.objective.batch(micro, seed=parts.config.seed, step=step) for micro in rows]
+        factor = parts.schedule_config.factor(step, parts.config.train.steps)
+        parts.replica.set_rate_factor(factor)
+        try:
+            result = train_step(
+                parts.replica, parts.sync, parts.schedule, batches, step=step, stop=self.stop_request.asked
+            )
+        except NonFiniteError as error:
+            where = f"replica {self.coordinates.replica}, rank {self.coordinates.rank}"
+            device_batches = [batch.to(parts.world.device.torch_device) for batch in batches]
+            raise locate(error, parts.model, parts.objective, device_batches, where) from None
+        step_s = time.perf_counter() - start
+        self.step = step
+        self.sequences_seen += parts.batch.sequences
+        self.tokens_seen += parts.batch.tokens
+        tokens_per_s = parts.batch.tokens / step_s
+        event = StepEvent(
+            step=step,
+            loss=result.loss,
+            lr=parts.optimizer_config.lr * factor,
+            gradient_norm=result.gradient_norm,
+            tokens=parts.batch.tokens,
+            tokens_seen=self.tokens_seen,
+            sequences_seen=self.sequences_seen,
+            tokens_per_s=tokens_per_s,
+            mfu=tokens_per_s * parts.flops_per_token / parts.peak_flops_per_s,
+            step_s=step_s,
+            data_wait_s=parts.loader.wait_s,
+            memory_bytes=used_bytes(parts.world.device.torch_device),
+            time=time.time(),
+        )
+        return event, result.stop
+
+    def _values(self) -> dict[str, Any]:
+        """The scalars of a checkpoint. Random numbers have no state of their own: they follow from seed and step."""
+        return {
+            "step": self.step,
+            "sequences_seen": self.sequences_seen,
+            "tokens_seen": self.tokens_seen,
+            **self._identity(),
+            "config": self.parts.config.tree(),
+        }
+
+    def _resume(self) -> None:
+        checkpoint = find(Path(self.parts.config.train.output) / "checkpoints", self.parts.config.checkpoint.resume)
+        if checkpoint is None:
+            return
+        with checkpoint:
+            checkpoint.verify()
+            values: Any = checkpoint.values
+            for key, now in self._identity().items():
+                if values[key] != now:
+                    raise CheckpointError(
+                        f"step {checkpoint.step} in {self.parts.config.train.output!r} was trained with "
+                        f"{key}={values[key]!r}, this config has {now!r}: that is another run. Restore the config, or "
+                        "choose another train.output."
+                    )
+            state.restore(self.parts.model, self.parts.replica, checkpoint, self._layout)
+        self.step = values["step"]
+        self.sequences_seen = values["sequences_seen"]
+        self.tokens_seen = values["tokens_seen"]
+        if self.parts.checkpointer:
+            self.parts.checkpointer.set_aside_after(self.step)
+
+    @property
+    def _layout(self) -> dict[str, int]:
+        return {"replicas": self.coordinates.replicas}
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on: the rest of the config may change between its parts."""
+        config = self.parts.config
+        return {
+            "seed": config.seed,
+            "data": self.parts.prepared.fingerprint,
+            "objective": strategy_name(config.objective),
+            "optimizer": strategy_name(config.optimizer),
+        }
+
+
+def find(folder: Path, resume: str | int) -> Checkpoint | None:
+    """The checkpoint a run continues from, or None for a new run.
+
+    ``auto``: the newest complete one if there is one; ``never``: none, and ``CheckpointError`` if there is one; a
+    number: that step.
+    """
+    if resume == "never":
+        if known := steps(folder):
+            raise CheckpointError(
+                f"checkpoint.resume=never, but {folder.parent} already holds a run (step {known[-1]}); choose another "
+                "train.output, or checkpoint.resume=auto to continue it"
+            )
+        return None
+    if resume == "auto":
+        step = newest(folder)
+        return None if step is None else load(folder, step)
+    return load(folder, int(resume))
+

@@ -1,0 +1,120 @@
+"""Long-lived processes that run a function on several ranks at once: for proofs and tests.
+
+Importing torch and transformers takes seconds; a pool pays for it once, in a fork server from which workers are forked.
+"""
+
+import itertools
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from paceline.errors import WorkerError
+
+PRELOAD = ["torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a function on the pool knows of itself: its index, how many run it, and a store of their own."""
+
+    index: int
+    size: int
+    store: dist.Store
+
+
+class Pool:
+    """Up to ``size`` workers on the processor, one thread each; a worker that dies is replaced before the next call."""
+
+    def __init__(self, size: int) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+        self._calls = itertools.count()
+        self._workers = [self._start() for _ in range(size)]
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def run(self, function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
+        """Call ``function(member, *arguments)`` on ``ranks`` workers at once; their results in the order of the ranks.
+
+        ``function`` is importable by name. Raises ``WorkerError`` with the worker's traceback, or when one dies or
+        the time is over; the workers of a failed call are replaced.
+        """
+        call = next(self._calls)
+        members = self._workers[:ranks]
+        assert len(members) == ranks, f"the pool has {len(self._workers)} workers, {ranks} were asked for"
+        for index, worker in enumerate(members):
+            worker.connection.send((function, index, ranks, self._store.port, call, timeout_s, arguments))
+        results: dict[int, Any] = {}
+        try:
+            while missing := {w.connection: i for i, w in enumerate(members) if i not in results}:
+                ready = wait(list(missing), timeout=timeout_s)
+                if not ready:
+                    raise WorkerError(f"ranks {sorted(missing.values())} gave no result within {timeout_s:g} s")
+                for connection in ready:
+                    index = missing[connection]  # type: ignore[index]
+                    ok, value = self._receive(members[index], index)
+                    if not ok:
+                        raise WorkerError(f"rank {index} of the pool: {value}")
+                    results[index] = value
+        except WorkerError:
+            for i in range(ranks):
+                self._workers[i].process.kill()
+                self._workers[i].process.join()
+                self._workers[i] = self._start()
+            raise
+        return [results[i] for i in range(ranks)]
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> "_Worker":
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    @staticmethod
+    def _receive(worker: "_Worker", index: int) -> tuple[bool, Any]:
+        try:
+            answer: tuple[bool, Any] = worker.connection.recv()
+        except (EOFError, ConnectionResetError):
+            worker.process.join()
+            raise WorkerError(f"rank {index} of the pool died with exit code {worker.process.exitcode}") from None
+        return answer
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: Any
+    connection: Connection
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, index, size, port, call, timeout_s, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout_s))
+            value = function(Member(index, size, dist.PrefixStore(f"call/{call}", store)), *arguments)
+            connection.send((True, value))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))

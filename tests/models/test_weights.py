@@ -1,0 +1,147 @@
+"""Weights are read from a folder exactly, or the folder is refused by name."""
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+
+from paceline.config import ModelConfig
+from paceline.errors import ModelError
+from paceline.models.source import ModelSource
+from paceline.models.tiny import TINY
+
+
+def tiny(family):
+    head, config = TINY[family]
+    return ModelSource.of(ModelConfig(config=config), head)
+
+
+def read(folder, head="causal", seed=7):
+    return ModelSource.of(ModelConfig(path=str(folder)), head).build(seed)
+
+
+def edit(folder, change):
+    """Rewrite the weights of ``folder`` after ``change`` was applied to them."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny("llama").build(3).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def same(first, second):
+    one, two = first.state_dict(), second.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_weights_come_back_as_they_were_saved(tmp_path, family):
+    model = tiny(family).build(3)
+    model.save_pretrained(tmp_path)
+    loaded = read(tmp_path, TINY[family][0])
+    assert same(loaded, model)
+    assert loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), model.buffers(), strict=True))
+
+
+def test_shards_are_read_as_one_model(tmp_path):
+    model = tiny("llama").build(3)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert same(read(tmp_path), model)
+
+
+def test_half_precision_is_read_into_fp32(tmp_path):
+    model = tiny("gpt2").build(3, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = read(tmp_path)
+    assert loaded.dtype == torch.float32
+    assert all(torch.equal(p, model.get_parameter(name).float()) for name, p in loaded.named_parameters())
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_a_base_model_gets_a_head_from_the_seed_and_says_so(tmp_path, caplog):
+    source = tiny("bert")
+    base = AutoModel.from_config(source.hugging_face_config())
+    base.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="paceline"):
+        first, again, other = read(tmp_path, "masked"), read(tmp_path, "masked"), read(tmp_path, "masked", seed=8)
+    assert "has no cls.predictions.bias, cls.predictions.transform.LayerNorm.bias" in caplog.text
+    assert same(first, again)
+    assert torch.equal(first.bert.encoder.layer[1].output.dense.weight, base.encoder.layer[1].output.dense.weight)
+    made = "cls.predictions.transform.dense.weight"
+    assert torch.equal(first.get_parameter(made), source.build(7).get_parameter(made))
+    assert not torch.equal(first.get_parameter(made), other.get_parameter(made))
+    assert first.cls.predictions.decoder.weight is first.bert.embeddings.word_embeddings.weight
+
+
+def test_a_head_and_a_pooler_that_are_not_used_are_said(tmp_path, caplog):
+    whole = AutoModelForPreTraining.from_config(tiny("bert").hugging_face_config())
+    whole.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="paceline"):
+        loaded = read(tmp_path, "masked")
+    assert "also holds bert.pooler.dense.bias, bert.pooler.dense.weight, cls.seq_relationship.bias" in caplog.text
+    assert torch.equal(loaded.cls.predictions.transform.dense.weight, whole.cls.predictions.transform.dense.weight)
+
+
+def test_a_complete_folder_is_read_without_a_word(folder, caplog, capfd):
+    with caplog.at_level(logging.WARNING):
+        read(folder)
+    assert caplog.text == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_lacking_tensor_is_named(folder):
+    edit(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight\. Its config\.json and its weights"):
+        read(folder)
+
+
+def test_layers_that_the_config_does_not_have_are_named(folder):
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = 1
+    config.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"holds model\.layers\.1\.input_layernorm\.weight, .* and 3 more, which the model"):
+        read(folder)
+
+
+def test_another_shape_is_named_with_both_shapes(folder):
+    edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+    with pytest.raises(ModelError, match=r"1 tensors have another shape .* model\.norm\.weight: \[31\] in the file, \[32\]"):
+        read(folder)
+
+
+def test_weights_that_should_be_tied_but_differ_are_refused(tmp_path):
+    tiny("gpt2").build(3).save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.ones(128, 32)}))
+    with pytest.raises(ModelError, match=r"ties lm_head\.weight to transformer\.wte\.weight, but the file holds two"):
+        read(tmp_path)
+
+
+def test_a_damaged_file_is_one_line(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"the weights in .* cannot be read: ") as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_the_head_asked_for_is_refused(folder):
+    with pytest.raises(ModelError, match="model family 'llama' has no masked head"):
+        read(folder, "masked")
+
+
+def test_an_encoder_read_as_a_causal_model_does_not_see_ahead(tmp_path):
+    tiny("bert").build(3).save_pretrained(tmp_path)
+    model = read(tmp_path).eval()
+    first, second = torch.arange(9)[None], torch.arange(9)[None].clone()
+    second[0, -1] = 50
+    with torch.no_grad():
+        one, two = model(input_ids=first, use_cache=False).logits, model(input_ids=second, use_cache=False).logits
+    assert torch.equal(one[:, :-1], two[:, :-1])

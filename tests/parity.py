@@ -1,0 +1,128 @@
+"""A tiny training run made of the product's own parts, on any number of replicas, for comparing weights."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from paceline.comm import link
+from paceline.data.rows import Row
+from paceline.data.tokenizer import SpecialTokens
+from paceline.objectives.base import Objective, ObjectiveContext
+from paceline.objectives.next_token import NextToken
+from paceline.optim.sgd import SGD
+from paceline.parallel.precision import Masters
+from paceline.schedule.accumulate import Accumulate
+from paceline.sync.all_reduce import AllReduce
+from paceline.train.replica import ModuleReplica
+from paceline.train.step import train_step
+from paceline.workers.pool import Member
+
+VOCABULARY = 61
+SEQUENCE_TOKENS = 12
+CPU = torch.device("cpu")
+
+
+def tiny_llama(seed: int = 0) -> nn.Module:
+    """An fp64 llama of two blocks, norms at random values so that no gradient term hides behind a one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).double()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, 1.0, 0.3)
+    return model.train()
+
+
+def rows(step: int, sequences: int) -> list[Row]:
+    """The global batch of a step: rows of uneven lengths, one of them without a single target."""
+    made = []
+    for slot in range(sequences):
+        rng = np.random.default_rng([step, slot])
+        length = SEQUENCE_TOKENS + 1 if slot % 3 else 5
+        tokens = rng.integers(0, VOCABULARY, length)
+        made.append(Row(step * sequences + slot, tokens, np.zeros(0, np.int64), weight=0.0 if slot == 1 else 1.0))
+    return made
+
+
+def share(step: int, sequences: int, index: int, size: int, micro: int) -> list[list[Row]]:
+    """The micro-batches of one of ``size`` replicas, filled up with rows of zero weight."""
+    own = rows(step, sequences)[index::size]
+    places = -(-(-(-sequences // size)) // micro) * micro
+    filler = Row(10**6, own[0].tokens, own[0].starts, weight=0.0)
+    own += [filler] * (places - len(own))
+    return [own[i : i + micro] for i in range(0, places, micro)]
+
+
+def objective() -> Objective:
+    """Next token, without any tokenizer."""
+    special = SpecialTokens(end=0, vocabulary=VOCABULARY)
+    return NextToken().build(ObjectiveContext(special=special, sequence_tokens=SEQUENCE_TOKENS))
+
+
+def train(
+    member: Member | None,
+    *,
+    steps: int = 3,
+    sequences: int = 7,
+    micro: int = 4,
+    clip_norm: float | None = None,
+    bucket_mib: float = 0.002,
+    freeze: str | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, object]:
+    """Train a tiny llama with plain SGD; returns losses, norms and the weights after the last step."""
+    index, size, store = (member.index, member.size, member.store) if member else (0, 1, None)
+    between = link.connect(
+        store, index=index, size=size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True
+    )
+    model = tiny_llama()
+    if freeze:
+        model.get_parameter(freeze).requires_grad_(False)
+    replica = ModuleReplica(Masters(model, dtype), SGD(lr=0.3), clip_norm)
+    sync = AllReduce(bucket_mib=bucket_mib).build(between)
+    sync.start(replica)
+    goal = objective()
+    schedule = Accumulate(model, goal, seed=0, device=CPU)
+    losses, norms = [], []
+    for step in range(1, steps + 1):
+        batches = [goal.batch(micro_rows, seed=0, step=step) for micro_rows in share(step, sequences, index, size, micro)]
+        result = train_step(replica, sync, schedule, batches, step=step, stop=False)
+        losses.append(result.loss)
+        norms.append(result.gradient_norm)
+    weights = {shard.name: shard.local.clone() for shard in replica.shards}
+    return {"losses": losses, "norms": norms, "weights": weights, "sent_bytes": between.sent_bytes}
+
+
+def on_pool(member: Member, options: dict[str, object]) -> dict[str, object]:
+    """``train`` as a pool's function."""
+    return train(member, **options)  # type: ignore[arg-type]
+
+
+def assert_equal_training(one: dict[str, object], other: dict[str, object], tolerance: float) -> None:
+    """Losses, norms and every weight agree to ``tolerance``, relative to each tensor's norm."""
+    for key in ("losses", "norms"):
+        assert np.allclose(one[key], other[key], rtol=tolerance, atol=0), (key, one[key], other[key])  # type: ignore[arg-type]
+    ours, theirs = one["weights"], other["weights"]
+    assert isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys()
+    for name in ours:
+        error = torch.linalg.vector_norm(ours[name] - theirs[name]) / torch.linalg.vector_norm(ours[name])
+        assert error <= tolerance, f"{name} differs by {error:.3g}"
+
+
+def identical(weights: Sequence[dict[str, object]]) -> bool:
+    """All replicas hold the same bits."""
+    first = weights[0]["weights"]
+    assert isinstance(first, dict)
+    return all(torch.equal(first[name], w["weights"][name]) for w in weights for name in first)  # type: ignore[index]

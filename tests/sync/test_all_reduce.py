@@ -1,0 +1,211 @@
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity import assert_equal_training, identical, on_pool, tiny_llama, train
+from tolerances import FP64_EQUAL
+
+from paceline.comm import link
+from paceline.comm.replica import Shard
+from paceline.config import Options
+from paceline.errors import LinkError, TrainError, WorkerError
+from paceline.optim.sgd import SGD
+from paceline.parallel.precision import Masters
+from paceline.sync.all_reduce import AllReduce, bucketed
+from paceline.train.replica import ModuleReplica
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_replicas_learn_what_one_process_learns(pool, replicas, micro):
+    one = train(None, micro=7)
+    many = pool.run(on_pool, replicas, {"micro": min(micro, -(-7 // replicas))})
+    assert identical(many)
+    assert_equal_training(one, many[0], FP64_EQUAL)
+
+
+def test_active_clipping_acts_on_the_whole_gradient(pool):
+    one = train(None, micro=7, clip_norm=0.5)
+    assert min(one["norms"]) > 0.5, "the threshold must be active for this to prove anything"
+    assert_equal_training(one, pool.run(on_pool, 2, {"micro": 2, "clip_norm": 0.5})[1], FP64_EQUAL)
+
+
+@pytest.mark.parametrize("bucket_mib", [1e-6, 0.001, 100.0])
+def test_bucket_size_changes_nothing(pool, bucket_mib):
+    expected = pool.run(on_pool, 2, {"bucket_mib": 0.01})
+    assert_equal_training(expected[0], pool.run(on_pool, 2, {"bucket_mib": bucket_mib})[0], 0.0)
+
+
+def test_frozen_parameters_are_neither_sent_nor_changed(pool):
+    name = "model.layers.0.mlp.up_proj.weight"
+    one = train(None, micro=7, freeze=name)
+    both = pool.run(on_pool, 2, {"freeze": name})
+    assert name not in one["weights"]
+    assert_equal_training(one, both[0], FP64_EQUAL)
+
+
+def test_sent_bytes_are_those_the_plan_says(pool):
+    sent = pool.run(on_pool, 2, {"steps": 2})[0]["sent_bytes"]
+    model = tiny_llama()
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    # The plan speaks of fp32 gradients; these are fp64. Before the first step replicas compare 16 bytes of checksum and
+    # 2 x 8 of marks; every step sums two fp64 numbers besides what the strategy sends.
+    options = AllReduce(bucket_mib=0.002)
+    counts = link.all_reduce_bytes(8, 2)
+    per_step = 2 * (options.wire_bytes(shapes, 2) - counts) + counts + link.all_reduce_bytes(16, 2)
+    buckets = bucketed([math.prod(shape) for shape in shapes.values()], options._bucket_numel)
+    assert len(buckets) > 3
+    start = 16 + link.all_reduce_bytes(16, 2)
+    assert sent == start + 2 * per_step
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 1500))
+def test_every_tensor_stands_in_exactly_one_bucket(numels, most):
+    buckets = bucketed(numels, most)
+    assert sorted(i for bucket in buckets for i in bucket) == list(range(len(numels)))
+    for bucket in buckets:
+        assert len(bucket) == 1 or sum(numels[i] for i in bucket) <= most
+
+
+def other_weights(member):
+    model = tiny_llama(seed=member.index)
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(), None)
+    between = _link(member)
+    try:
+        AllReduce().build(between).start(replica)
+    except TrainError as error:
+        return str(error)
+
+
+def _link(member):
+    return link.connect(
+        member.store, index=member.index, size=member.size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True
+    )
+
+
+def test_replicas_that_start_differently_are_refused_everywhere(pool):
+    messages = pool.run(other_weights, 3)
+    assert all("replica(s) 1, 2 start with other weights" in message for message in messages)
+
+
+def without_gradient(member):
+    """Weights of a parameter that decays, where only replica 1 or no replica has a gradient for it."""
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+            self.sometimes = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+            self.never = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+
+    model = Two()
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=1.0, weight_decay=0.5), None)
+    sync = AllReduce().build(_link(member))
+    sync.start(replica)
+    sync.begin(1, replica, 1)
+    replica.expect(True)
+    loss = model.always.sum()
+    if member.index == 1:
+        loss = loss + model.sometimes.sum()
+    loss.backward()
+    sync.update(replica)
+    return {shard.name: shard.local.clone() for shard in replica.shards}
+
+
+def test_a_parameter_without_gradient_anywhere_is_left_alone(pool):
+    first, second = pool.run(without_gradient, 2)
+    assert torch.equal(first["never"], torch.ones(2, 2, dtype=torch.float64))  # not even decayed
+    assert torch.equal(first["sometimes"], torch.full((2, 2), 1 - (1 + 0.5), dtype=torch.float64))
+    assert torch.equal(first["always"], torch.full((2, 2), 1 - (2 + 0.5), dtype=torch.float64))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def sharded(member):
+    """Replicas x shards on FSDP2: each replica a world of its own, links between counterparts (2 x 2 ranks)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    from parity import CPU, objective, share
+    from paceline.schedule.accumulate import Accumulate
+    from paceline.train.step import train_step
+
+    replica_index, rank = divmod(member.index, 2)
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore(f"replica/{replica_index}", member.store), rank=rank, world_size=2
+    )
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        model = tiny_llama()
+        for block in [*model.model.layers, model]:
+            fully_shard(block, mesh=mesh)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        between = link.connect(
+            member.store, index=replica_index, size=2, coordinate=rank, backend="gloo", timeout_s=30.0, loopback=True
+        )
+        replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=0.3), None)
+        sync = AllReduce(bucket_mib=0.002).build(between)
+        sync.start(replica)
+        goal = objective()
+        schedule = Accumulate(model, goal, seed=0, device=CPU)
+        for step in (1, 2, 3):
+            own = share(step, 8, replica_index, 2, 2)[rank::2]  # the shards of a replica take its micro-batches in turn
+            batches = [goal.batch(micro_rows, seed=0, step=step) for micro_rows in own]
+            counts = torch.tensor([sum(batch.count for batch in batches)])
+            dist.all_reduce(counts)
+            targets = sync.begin(step, replica, int(counts))
+            schedule.run(batches, step=step, scale=1 / targets, expect=replica.expect)
+            sync.update(replica)
+        return {shard.name: shard.parameter.full_tensor().detach() for shard in replica.shards}
+    finally:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def test_works_on_the_local_part_of_sharded_parameters(pool):
+    one = train(None, sequences=8, micro=8)["weights"]
+    for weights in pool.run(sharded, 4):
+        for name in one:
+            error = torch.linalg.vector_norm(one[name] - weights[name]) / torch.linalg.vector_norm(one[name])
+            assert error <= FP64_EQUAL, name
+
+
+def dies(member):
+    between = _link(member)
+    tensor = torch.ones(3)
+    between.all_reduce(tensor).wait()
+    if member.index == 1:
+        os._exit(7)
+    try:
+        between.all_reduce(tensor).wait()
+    except LinkError as error:
+        return str(error)
+
+
+def test_a_lost_peer_is_a_link_error_and_the_pool_names_it(pool):
+    with pytest.raises(WorkerError, match="rank 1 of the pool died with exit code 7"):
+        pool.run(dies, 2)
+    assert pool.run(on_pool, 2, {"steps": 1})  # the pool has replaced its workers
+
+
+def test_config_is_frozen_and_refuses_what_it_does_not_know():
+    assert issubclass(AllReduce, Options)
+    with pytest.raises(ValueError, match="bucket_mib"):
+        AllReduce(bucket_mib=0)
+    with pytest.raises(ValueError, match="extra"):
+        AllReduce(every=3)
+
+
+def test_shard_reports_a_plain_parameter_as_its_own_local_part():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    shard = Shard("w", parameter)
+    assert shard.gradient is None
+    shard.set_gradient(torch.tensor([1.0, 2.0]))
+    assert torch.equal(parameter.grad, torch.tensor([1.0, 2.0]))

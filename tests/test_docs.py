@@ -1,0 +1,33 @@
+"""The pages: all in the navigation, none missing, and no link from the top of the checkout into nothing."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import config_reference
+
+
+def leaves(item: Any) -> list[str]:
+    """The pages of a navigation tree."""
+    if isinstance(item, str):
+        return [item]
+    return [page for child in (item.values() if isinstance(item, dict) else item) for page in leaves(child)]
+
+
+def test_navigation_holds_every_page_once(root: Path) -> None:
+    shown = leaves(yaml.safe_load((root / "mkdocs.yml").read_text())["nav"])
+    pages = [str(path.relative_to(root / "docs")) for path in (root / "docs").rglob("*.md")]
+    assert sorted(shown) == sorted(pages)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_links_of_top_pages_lead_somewhere(root: Path, page: str) -> None:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (root / page).read_text())
+    assert [target for target in targets if "://" not in target and not (root / target).exists()] == []
+
+
+def test_config_reference_is_what_the_classes_say() -> None:
+    assert config_reference.PAGE.read_text() == config_reference.render(), "run `make docs`"
