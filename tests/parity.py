@@ -1,5 +1,6 @@
 """A tiny training run made of the product's own parts, on any number of replicas, for comparing weights."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,7 +60,8 @@ def rows(step: int, sequences: int) -> list[Row]:
 def share(step: int, sequences: int, index: int, size: int, micro: int) -> list[list[Row]]:
     """The micro-batches of one of ``size`` replicas, filled up with rows of zero weight."""
     own = rows(step, sequences)[index::size]
-    places = -(-(-(-sequences // size)) // micro) * micro
+    largest = math.ceil(sequences / size)
+    places = math.ceil(largest / micro) * micro
     filler = Row(10**6, own[0].tokens, own[0].starts, weight=0.0)
     own += [filler] * (places - len(own))
     return [own[i : i + micro] for i in range(0, places, micro)]
@@ -84,9 +86,7 @@ def train(
 ) -> dict[str, object]:
     """Train a tiny llama with plain SGD; returns losses, norms and the weights after the last step."""
     index, size, store = (member.index, member.size, member.store) if member else (0, 1, None)
-    between = link.connect(
-        store, index=index, size=size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True
-    )
+    between = link.connect(store, index=index, size=size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True)
     model = tiny_llama()
     if freeze:
         model.get_parameter(freeze).requires_grad_(False)
@@ -97,7 +97,9 @@ def train(
     schedule = Accumulate(model, goal, seed=0, device=CPU)
     losses, norms = [], []
     for step in range(1, steps + 1):
-        batches = [goal.batch(micro_rows, seed=0, step=step) for micro_rows in share(step, sequences, index, size, micro)]
+        batches = [
+            goal.batch(micro_rows, seed=0, step=step) for micro_rows in share(step, sequences, index, size, micro)
+        ]
         result = train_step(replica, sync, schedule, batches, step=step, stop=False)
         losses.append(result.loss)
         norms.append(result.gradient_norm)

@@ -4,7 +4,7 @@
     python tools/bootstrap.py .venv-newest --newest    the newest releases that pyproject.toml allows
     python tools/bootstrap.py build/venv --wheel FILE  a built wheel and what it asks for, at the locked versions
 
-The locked environment is remade when the lock file, the Python or the build of torch is not the one in its stamp file.
+The locked environment is remade when the lock file, the Python version or the build of torch is not that of its stamp.
 Standard library only, for it runs before anything is installed. Wheels only, so that no compiler is needed.
 """
 
@@ -63,7 +63,7 @@ def choose_build(asked: str) -> str:
 
 def make_locked(venv: Path, build: str) -> None:
     """Every locked package and the source tree; only the latter again if only pyproject.toml has changed."""
-    environment = [str(venv.resolve()), interpreter(), platform.python_version(), build, digest(LOCK)]
+    environment = [str(venv.resolve()), python_minor(), build, digest(LOCK)]
     stamp = {"environment": environment, "project": digest(PYPROJECT)}
     found = read_stamp(venv)
     if found == stamp:
@@ -82,13 +82,11 @@ def make_locked(venv: Path, build: str) -> None:
 def make_newest(venv: Path, build: str) -> None:
     """The source tree and the newest releases of all it asks for; always made afresh, for they change by the day."""
     create(venv)
+    pip(venv, "install", "-qq", *WHEELS_ONLY, "--upgrade", "setuptools")  # to build the source tree without isolation
     if build == "cpu":
-        allowed = next(
-            line for line in tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"] if "torch" in line
-        )
-        cpu_build(venv, "install", allowed)
+        project = tomllib.loads(PYPROJECT.read_text())["project"]
+        cpu_build(venv, "install", next(wanted for wanted in project["dependencies"] if wanted.startswith("torch>")))
     say("installing the newest releases that pyproject.toml allows")
-    pip(venv, "install", "-qq", *WHEELS_ONLY, "--upgrade", "setuptools")  # builds the source tree without isolation
     pip(venv, "install", "-qq", "--prefer-binary", "--no-build-isolation", "-e", f"{ROOT}[dev,docs,gguf]")
     pip(venv, "freeze", "--exclude-editable")
 
@@ -105,7 +103,7 @@ def create(venv: Path) -> None:
     if importlib.util.find_spec("ensurepip") is None:
         stop(
             f"{interpreter()} cannot make a virtual environment: its module ensurepip is missing. "
-            f"On Debian and Ubuntu: apt-get install python{sys.version_info.major}.{sys.version_info.minor}-venv"
+            f"On Debian and Ubuntu: apt-get install python{python_minor()}-venv"
         )
     say(f"making {venv} with Python {platform.python_version()}")
     run([interpreter(), "-m", "venv", "--clear", str(venv)], "could not make the environment")
@@ -144,6 +142,11 @@ def locked() -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)==(\S+)", LOCK.read_text(), flags=re.MULTILINE))
 
 
+def python_minor() -> str:
+    """Such as 3.11: environments of one minor version are alike, whichever of a machine's Pythons made them."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
 def interpreter() -> str:
     """The Python to make environments with: the installed one, even if this one runs inside an environment."""
     return os.path.realpath(sys.executable)
@@ -155,7 +158,9 @@ def digest(path: Path) -> str:
 
 
 def read_stamp(venv: Path) -> dict[str, object]:
-    """What the environment was made from; empty if it is missing or unfinished."""
+    """What the environment was made from; empty if it is missing or unfinished, or if its Python is gone."""
+    if not (venv / "bin" / "python").exists():
+        return {}
     try:
         stamp: dict[str, object] = json.loads((venv / STAMP).read_text())
     except (OSError, ValueError):

@@ -27,7 +27,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as t
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the config, for example train.steps=100.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the config, for example train.steps=100."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder (train.output).")]
 
@@ -56,7 +57,9 @@ def train(
     if result is None:  # a rank of torchrun that is not the leader
         return
     again = f"paceline train {config}"
-    end = f"stopped after step {result.step} of {result.steps}; `{again}` continues" if result.stopped else "done"
+    end = "done" if result.loss is not None else f"complete already (step {result.step} of {result.steps})"
+    if result.stopped:
+        end = f"stopped after step {result.step} of {result.steps}; `{again}` continues"
     bits = f", held-out {result.bits_per_byte:.3f} bits per byte" if result.bits_per_byte is not None else ""
     _finish(f"{end}{bits}: {result.output}/report.html, {result.output}/export", result.values(), as_json)
 
@@ -139,7 +142,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -160,11 +165,10 @@ def main() -> None:
 
         if debug:
             traceback.print_exc()
-        if not isinstance(error, PacelineError):
-            if debug:
-                sys.exit(1)
-            _fail(f"internal error: {type(error).__name__}: {error}. Run again with --debug for the traceback.", 1)
-        _fail(f"{type(error).__name__}: {error}", error.exit_status)
+        if isinstance(error, PacelineError):
+            _fail(f"{type(error).__name__}: {error}", error.exit_status)
+        hint = "" if debug else " Run again with --debug for the traceback."
+        _fail(f"internal error: {type(error).__name__}: {error}.{hint}", 1)
 
 
 def _fail(message: str, status: int) -> None:

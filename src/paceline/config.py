@@ -1,8 +1,8 @@
 """The config tree: what a run is made of, read from YAML, with overrides from the command line.
 
 Every value a user can set stands here or, for a strategy chosen by name (objective, optimizer, schedule, sync), beside
-the class it configures. Nothing here is derived: what follows from other values is computed in ``plan``. All problems of
-a config are collected and raised once, each with its path and its value.
+the class it configures. Nothing here is derived: what follows from other values is computed in ``plan``. The problems
+of a config are collected and raised once, each with its path and its value.
 """
 
 from collections.abc import Iterable, Mapping
@@ -230,7 +230,9 @@ def choose(table: registry.Table, value: Any) -> Options:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ConfigError(f"{table.kind}={value!r}: expected a name or {{name: ..., options}}; known: {', '.join(table)}")
+        raise ConfigError(
+            f"{table.kind}={value!r}: expected a name or {{name: ..., options}}; known: {', '.join(table)}"
+        )
     config_class: type[Options] = table.load(value["name"])
     try:
         return config_class.model_validate({key: item for key, item in value.items() if key != "name"})
@@ -253,11 +255,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key: Any = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -281,7 +284,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Set ``a.b.c=value`` in a copy of ``tree``; values are read as YAML."""
-    result = _copy(tree)
+    result: dict[str, Any] = _copy(tree)
     for item in overrides:
         path, equals, text = item.partition("=")
         keys = path.strip().split(".")
@@ -331,7 +334,7 @@ def _copy(value: Any) -> Any:
 
 def _sentences(error: ValidationError, model: type[Options], prefix: tuple[str, ...]) -> list[str]:
     """One sentence for each problem pydantic found: path, value, what was expected."""
-    sentences = {}  # by path: a union reports one problem for each of its members
+    sentences: dict[str, str] = {}  # by path: a union reports one problem for each of its members
     for problem in error.errors(include_url=False):
         location = [part for part in problem["loc"] if not _is_union_tag(part)]
         path = ".".join(str(part) for part in (*prefix, *location))
@@ -352,7 +355,7 @@ def _sentences(error: ValidationError, model: type[Options], prefix: tuple[str, 
 
 
 def _is_union_tag(part: Any) -> bool:
-    """Pydantic puts the member of a union it tried into the path (``function-before[...]``, ``tuple[...]``, ``str``)."""
+    """Pydantic puts the member of a union that it tried into the path (``tuple[...]``, ``SourceConfig``)."""
     return isinstance(part, str) and (part in {"str", "int", "SourceConfig"} or "[" in part)
 
 

@@ -17,7 +17,6 @@ ORDERS: list[Order] = [
     SampleOrder([40, 17], [0.6, 0.4], seed=1),
     FileOrder([9, 9, 12, 10], 4, seed=1),
 ]
-SEQUENCES = 8
 
 
 class Numbered:
@@ -26,15 +25,20 @@ class Numbered:
     def __init__(self, source: int, length: int, broken: int | None = None) -> None:
         self.source, self.length, self.broken = source, length, broken
         self.sequences: list[int] = []
-        self.read_past_first_step = threading.Event()
+        self._reading = threading.Condition()
 
     def __len__(self) -> int:
         return self.length
 
+    def reached(self, sequence: int, timeout: float) -> bool:
+        """Whether the row of this sequence number is read within ``timeout`` seconds."""
+        with self._reading:
+            return self._reading.wait_for(lambda: sequence in self.sequences, timeout)
+
     def row(self, index: int, sequence: int) -> Row:
-        self.sequences.append(sequence)
-        if sequence >= SEQUENCES:
-            self.read_past_first_step.set()
+        with self._reading:
+            self.sequences.append(sequence)
+            self._reading.notify_all()
         if index == self.broken:
             raise DataError(f"row {index} is damaged")
         return Row(sequence, np.array([self.source, index]), np.zeros(1, np.int64))
@@ -69,13 +73,14 @@ def test_any_number_of_ranks_and_any_micro_batch_see_the_same_global_batches(
     order: Order, ranks: int, micro: int | None
 ) -> None:
     counts, first = [8, 8, 11, 11, 8], 100  # in the third epoch of the first source, and with a change of the batch
+    micro = micro and min(micro, 8 // ranks)
     by_rank = [steps(order, counts, rank, ranks, micro, first) for rank in range(ranks)]
     for step, count in enumerate(counts):
         shapes = {tuple(map(len, batches[step])) for batches in by_rank}
         assert len(shapes) == 1, "ranks differ in their micro-batches"
         (shape,) = shapes
         share = -(-count // ranks)
-        assert set(shape) == {min(micro or share, share)}
+        assert set(shape) == {micro or share}
         assert len(shape) == -(-share // shape[0])
         source, row = order.draw(first, count)
         expected = [(first + i, int(source[i]), int(row[i])) for i in range(count)]
@@ -109,16 +114,17 @@ def test_fewer_sequences_than_ranks_are_refused() -> None:
         Loader(sources(), ORDERS[0], sequences=2, rank=0, ranks=3)
 
 
-def test_the_next_steps_are_read_ahead_and_no_more() -> None:
+def test_the_next_two_steps_are_read_ahead_and_no_more() -> None:
     rows = Numbered(0, 40)
-    loader = Loader([rows], ORDERS[0], sequences=SEQUENCES, rank=0, ranks=1)
+    loader = Loader([rows], ORDERS[0], sequences=8, rank=0, ranks=1)
     loader.batch(0)
-    assert rows.read_past_first_step.wait(timeout=10), "nothing was read ahead"
+    assert rows.reached(23, timeout=10), "the next two steps were not read"
+    assert not rows.reached(24, timeout=0.1), "a third was"
     for step in range(1, 6):
-        loader.batch(step * SEQUENCES)
+        loader.batch(step * 8)
+    assert rows.reached(63, timeout=10)
     loader.close()
-    assert rows.sequences == list(range(len(rows.sequences))), "a step was read twice or out of order"
-    assert 6 * SEQUENCES <= len(rows.sequences) <= 8 * SEQUENCES
+    assert rows.sequences == list(range(64)), "a step was read twice or out of order"
 
 
 def test_another_position_starts_afresh_from_there() -> None:

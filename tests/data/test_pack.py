@@ -99,6 +99,9 @@ def test_rows_by_file_never_mix_files() -> None:
     assert rows.rows_per_part.tolist() == [2, 4, 0, 2]
     assert rows.dropped_tokens == (9 - 7) + (13 - 13) + 2 + (8 - 7)
     assert len({int(row.tokens[0]) for row in all_rows(rows)}) == 8
+    tails = all_rows(PackedRows(plain, 4, 0, by_file=True, keep_tail=True))
+    assert [row.tokens.tolist() for row in tails[:4]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8], [9, 10, 11, 12]]
+    assert [token for row in tails for token in row.tokens.tolist()] == list(range(sum(lengths)))
 
 
 def test_files_out_of_order_are_a_mistake_of_the_programmer() -> None:
@@ -124,9 +127,11 @@ def test_there_is_no_row_outside(index: int) -> None:
 
 
 def test_too_little_data_is_refused_with_its_size() -> None:
-    with pytest.raises(DataError, match=r"gives 37 tokens, fewer than one sequence of 512 \(batch.sequence_tokens\); "):
+    with pytest.raises(
+        DataError, match=r"the data gives 37 tokens, fewer than the 512 .* \(batch.sequence_tokens\); use"
+    ):
         PackedRows(token_set([30, 7]), 512, 0)
-    with pytest.raises(DataError, match=r"gives 512 tokens, fewer than .* of 512 .* and the token to predict after it"):
+    with pytest.raises(DataError, match=r"gives 512 tokens, fewer than the 513 that one sequence takes"):
         PackedRows(token_set([512]), 513, 1)
     with pytest.raises(DataError, match=r"the longest file of the data gives 30 tokens"):
         PackedRows(token_set([30, 7], [0, 1]), 32, 0, by_file=True)

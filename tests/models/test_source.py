@@ -29,7 +29,8 @@ def saved(folder, family="llama"):
 def test_a_source_costs_no_import_of_transformers():
     code = (
         "import sys; from paceline.models.source import ModelSource; from paceline.config import ModelConfig;"
-        "s = ModelSource.of(ModelConfig(preset='llama-1m'), 'causal'); assert s.vocabulary == 4096 and s.family == 'llama';"
+        "s = ModelSource.of(ModelConfig(preset='llama-1m'), 'causal');"
+        "assert (s.vocabulary, s.family) == (4096, 'llama');"
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -53,7 +54,7 @@ def test_a_preset_has_the_number_of_parameters_its_name_says(name):
 
 
 def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(ConfigError, match="model.preset='lama-1m': unknown name, did you mean 'llama-1m'?"):
+    with pytest.raises(ConfigError, match=r"model\.preset='lama-1m': unknown name, did you mean 'llama-1m'\?"):
         source(preset="lama-1m")
 
 
@@ -76,7 +77,12 @@ def test_a_source_can_be_sent_to_another_process():
 
 @pytest.mark.parametrize(
     ("family", "head", "has"),
-    [("llama", "masked", "causal"), ("t5", "causal", "seq2seq"), ("albert", "seq2seq", "masked"), ("gpt2", "seq2seq", "causal")],
+    [
+        ("llama", "masked", "causal"),
+        ("t5", "causal", "seq2seq"),
+        ("albert", "seq2seq", "masked"),
+        ("gpt2", "seq2seq", "causal"),
+    ],
 )
 def test_a_head_the_family_does_not_have_is_refused(family, head, has):
     with pytest.raises(ModelError, match=f"model family '{family}' has no {head} head; it has: {has}"):
@@ -109,6 +115,12 @@ def test_the_vocabulary_comes_from_the_tokenizer_where_the_config_leaves_it_open
     config = grown.hugging_face_config()
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id) == (300, 1, 2, 3)
     assert grown.meta().get_input_embeddings().weight.shape == (300, 32)
+
+
+@pytest.mark.parametrize("size", [0, -5, "100", 1.5, True])
+def test_a_vocabulary_that_is_no_count_is_refused_before_data_is_read(size):
+    with pytest.raises(ConfigError, match=r"model\.config\.vocab_size=.*: expected a whole number of at least 1"):
+        _ = source(config={**TINY["llama"][1], "vocab_size": size}).vocabulary
 
 
 def test_padding_that_is_also_the_end_is_not_made_a_padding_row():
@@ -154,7 +166,7 @@ def test_attention_is_the_one_asked_for():
     made = source(config=TINY["llama"][1], attention="eager")
     assert made.meta().config._attn_implementation == "eager"
     assert made.build(3).config._attn_implementation == "eager"
-    with pytest.raises(ConfigError, match="model.attention='spda': unknown name, did you mean 'sdpa'?"):
+    with pytest.raises(ConfigError, match=r"model\.attention='spda': unknown name, did you mean 'sdpa'\?"):
         source(config=TINY["llama"][1], attention="spda").meta()
 
 

@@ -79,6 +79,7 @@ def test_a_base_model_gets_a_head_from_the_seed_and_says_so(tmp_path, caplog):
     assert torch.equal(first.get_parameter(made), source.build(7).get_parameter(made))
     assert not torch.equal(first.get_parameter(made), other.get_parameter(made))
     assert first.cls.predictions.decoder.weight is first.bert.embeddings.word_embeddings.weight
+    assert first.cls.predictions.decoder.bias is first.cls.predictions.bias
 
 
 def test_a_head_and_a_pooler_that_are_not_used_are_said(tmp_path, caplog):
@@ -99,7 +100,9 @@ def test_a_complete_folder_is_read_without_a_word(folder, caplog, capfd):
 
 def test_a_lacking_tensor_is_named(folder):
     edit(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight\. Its config\.json and its weights"):
+    with pytest.raises(
+        ModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight\. Its config\.json and its weights"
+    ):
         read(folder)
 
 
@@ -107,13 +110,17 @@ def test_layers_that_the_config_does_not_have_are_named(folder):
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = 1
     config.save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"holds model\.layers\.1\.input_layernorm\.weight, .* and 3 more, which the model"):
+    with pytest.raises(
+        ModelError, match=r"holds model\.layers\.1\.input_layernorm\.weight, .* and 3 more, which the model"
+    ):
         read(folder)
 
 
 def test_another_shape_is_named_with_both_shapes(folder):
     edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
-    with pytest.raises(ModelError, match=r"1 tensors have another shape .* model\.norm\.weight: \[31\] in the file, \[32\]"):
+    with pytest.raises(
+        ModelError, match=r"1 tensors have another shape .* model\.norm\.weight: \[31\] in the file, \[32\]"
+    ):
         read(folder)
 
 

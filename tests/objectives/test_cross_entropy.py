@@ -8,10 +8,11 @@ from paceline.objectives.cross_entropy import summed_cross_entropy
 
 
 @pytest.fixture
-def case():
+def case(monkeypatch):
     """Logits (B, S, V) over several chunks, the last one short, and labels of which some are no target."""
 
-    def make(dtype, shape=(2, 45, 8000)):
+    def make(dtype, shape=(2, 45, 8000), chunk=1 << 18):
+        monkeypatch.setattr(cross_entropy, "CPU_CHUNK", chunk)
         generator = torch.Generator().manual_seed(0)
         chunk_rows = cross_entropy.CPU_CHUNK // shape[-1]
         assert 0 < shape[0] * shape[1] % chunk_rows < chunk_rows < shape[0] * shape[1]
@@ -40,9 +41,8 @@ def test_value_and_gradient_equal_the_plain_form(case, dtype, rtol):
     torch.testing.assert_close(gradient, expected_gradient, rtol=rtol, atol=1e-7)
 
 
-def test_gradient_by_finite_differences(case, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CPU_CHUNK", 44)
-    logits, labels = case(torch.float64, shape=(2, 3, 11))
+def test_gradient_by_finite_differences(case):
+    logits, labels = case(torch.float64, shape=(2, 3, 11), chunk=44)
     assert torch.autograd.gradcheck(lambda x: summed_cross_entropy(x, labels), logits)
 
 

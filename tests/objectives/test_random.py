@@ -1,7 +1,5 @@
 import itertools
 
-import pytest
-
 from paceline.objectives.random import row_generator
 
 
@@ -17,4 +15,4 @@ def test_a_stream_is_the_same_again():
 
 def test_values_do_not_change_between_versions():
     """A run that is resumed with a newer NumPy must hide the same tokens."""
-    assert row_generator(1, 2, 3).random(2).tolist() == pytest.approx([0.0, 0.0], abs=0)
+    assert row_generator(1, 2, 3).random(2).tolist() == [0.4786308244669365, 0.6406869513063354]

@@ -89,7 +89,7 @@ def test_pairs_need_no_sentinels_and_may_be_isolated(pairs, context):
     ("changes", "message"),
     [
         ({"decoder_start": None}, "has no decoder_start_token_id"),
-        ({"sentinels": (60,), "sequence_tokens": 64}, r"needs 4 sentinels .* but the tokenizer has 1"),
+        ({"sentinels": (60,), "sequence_tokens": 64}, r"needs 3 sentinels .* but the tokenizer has 1"),
         ({"isolate_documents": True}, r"data\.isolate_documents=true does not go with span corruption"),
         ({"sequence_tokens": 2}, r"batch\.sequence_tokens=2 is too short"),
     ],
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused(changes, message, context):
         ({"source": "en"}, "source='en' without target"),
         ({"target": "de"}, "target='de' without source"),
         ({"noise_density": 0}, "objective.noise_density=0: "),
-        ({"noise_density": 1}, "objective.noise_density=1: "),
+        ({"noise_density": 0.95}, r"objective.noise_density=0\.95: "),
         ({"mean_span_tokens": 0.5}, r"objective.mean_span_tokens=0\.5: "),
     ],
 )

@@ -7,9 +7,6 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parity import assert_equal_training, identical, on_pool, tiny_llama, train
-from tolerances import FP64_EQUAL
-
 from paceline.comm import link
 from paceline.comm.replica import Shard
 from paceline.config import Options
@@ -18,6 +15,8 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.sync.all_reduce import AllReduce, bucketed
 from paceline.train.replica import ModuleReplica
+from parity import assert_equal_training, identical, on_pool, tiny_llama, train
+from tolerances import FP64_EQUAL
 
 
 @pytest.mark.parametrize("replicas", [2, 3])
@@ -130,9 +129,8 @@ def sharded(member):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    from parity import CPU, objective, share
     from paceline.schedule.accumulate import Accumulate
-    from paceline.train.step import train_step
+    from parity import CPU, objective, share
 
     replica_index, rank = divmod(member.index, 2)
     dist.init_process_group(

@@ -25,7 +25,9 @@ class FakeRun:
         self.commands.append(command)
         self.environments.append(env or {})
         if "venv" in command:
-            Path(command[-1]).mkdir(exist_ok=True)
+            python = Path(command[-1], "bin", "python")
+            python.parent.mkdir(parents=True, exist_ok=True)
+            python.touch()
         return subprocess.CompletedProcess(command, int(self.refuse(command, env or {})))
 
     def said(self, word: str) -> bool:
@@ -63,6 +65,12 @@ def test_a_changed_lock_remakes_the_environment(project: Path, pip: FakeRun) -> 
     bootstrap.make_locked(project / "venv", "cpu")
     assert pip.said("--clear")
     assert pip.said("-r")
+
+
+def test_an_environment_whose_python_is_gone_is_remade(project: Path, pip: FakeRun) -> None:
+    (project / "venv" / "bin" / "python").unlink()
+    bootstrap.make_locked(project / "venv", "cpu")
+    assert pip.said("--clear")
 
 
 def test_another_build_of_torch_remakes_the_environment(project: Path, pip: FakeRun) -> None:

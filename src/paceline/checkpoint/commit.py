@@ -14,7 +14,7 @@ import datetime
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,8 @@ class Content:
     step: int
     layout: Mapping[str, int]
     values: Mapping[str, Json]
+    names: Collection[str]
+    """All that this rank holds, whoever writes it."""
     entries: Mapping[str, Entry]
     images: Sequence[Image]
 
@@ -51,6 +53,7 @@ class _Message(BaseModel):
     step: int
     error: str | None = None
     folder: str = ""
+    names: tuple[str, ...] = ()
     entries: dict[str, Entry] = {}
     files: dict[str, FileRecord] = {}
 
@@ -96,7 +99,7 @@ class Committer:
         self._post("written", _attempt(content.step, lambda: _write(content, begin, self._folder)))
         end = _attempt(content.step, lambda: self._collect("end", 1)[0])
         self._discard_read()
-        return end
+        return end if end.error else _attempt(content.step, lambda: _checked(content, end))
 
     def _begin(self, step: int, hidden: Path) -> _Message:
         if hidden.exists():
@@ -110,6 +113,8 @@ class Committer:
         errors = [f"rank {rank}: {share.error}" for rank, share in enumerate(shares) if share.error]
         if errors:
             return _Message(step=content.step, error="; ".join(errors))
+        tensors = manifest.merge(share.entries for share in shares)
+        end = _checked(content, _Message(step=content.step, names=tuple(tensors)))
         complete = Manifest(
             format=manifest.FORMAT,
             step=content.step,
@@ -118,7 +123,7 @@ class Committer:
             torch=torch.__version__,
             layout=dict(content.layout),
             values=dict(content.values),
-            tensors=manifest.merge(share.entries for share in shares),
+            tensors=tensors,
             files={name: record for share in shares for name, record in share.files.items()},
         )
         disk.write_file(hidden / manifest.NAME, [complete.text().encode()])
@@ -130,7 +135,7 @@ class Committer:
         except OSError:
             os.rename(final, hidden)
             raise
-        return _Message(step=content.step)
+        return end
 
     def _post(self, moment: str, message: _Message) -> None:
         key = f"save-{self._saves}/{moment}/{self._rank}"
@@ -158,6 +163,14 @@ def _write(content: Content, begin: _Message, folder: Path) -> _Message:
     hidden = folder / begin.folder
     files = {image.name: disk.write_file(hidden / image.name, [image.header, image.body]) for image in content.images}
     return _Message(step=content.step, entries=dict(content.entries), files=files)
+
+
+def _checked(content: Content, end: _Message) -> _Message:
+    """A name that each of its holders leaves to another is in nobody's message; so each rank looks for its own."""
+    lost = sorted(set(content.names) - set(end.names))
+    if lost:
+        raise ValueError(f"it lacks {lost[0]}, for its holders each take another one for its writer")
+    return end
 
 
 def _attempt(step: int, work: Callable[[], _Message]) -> _Message:

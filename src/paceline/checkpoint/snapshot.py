@@ -65,10 +65,7 @@ class _Piece:
     key: str
     source: Tensor
     block: Block
-
-    @property
-    def n_bytes(self) -> int:
-        return self.source.numel() * self.source.element_size()
+    n_bytes: int
 
 
 class Snapshot:
@@ -99,7 +96,7 @@ class Snapshot:
             files[-1].pieces.append(piece)
             files[-1].n_bytes += piece.n_bytes
         for file in files:
-            file.pieces.sort(key=lambda piece: -piece.source.element_size())  # wide ones first: all are aligned
+            file.pieces.sort(key=lambda piece: -piece.source.dtype.itemsize)  # wide ones first: all are aligned
         return [file for file in files if file.pieces]
 
     def _copy(self, files: Sequence[_File]) -> None:
@@ -143,7 +140,8 @@ def _piece(name: str, i: int, local: Tensor, block: Block) -> _Piece:
     if local.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise CheckpointError(f"{name} is of {local.dtype}, which a safetensors file cannot hold; it holds {known}")
-    return _Piece(name if i == 0 else f"{name}#{i}", block.of(local), block)
+    n_bytes = math.prod(block.shape) * local.dtype.itemsize
+    return _Piece(name if i == 0 else f"{name}#{i}", block.of(local), block, n_bytes)
 
 
 def _entries(
@@ -175,7 +173,7 @@ def _header(pieces: Sequence[_Piece]) -> bytes:
     for piece in pieces:
         table[piece.key] = {
             "dtype": DTYPES[piece.source.dtype],
-            "shape": list(piece.source.shape),
+            "shape": piece.block.shape,
             "data_offsets": [at, at + piece.n_bytes],
         }
         at += piece.n_bytes

@@ -105,7 +105,7 @@ class Checkpointer:
         kept = checked_values(values)
         started = time.perf_counter()
         entries, images = self._snapshot.take(tensors)
-        content = Content(step, self._layout, kept, entries, images)
+        content = Content(step, self._layout, kept, tensors.keys(), entries, images)
         snapshot_s = time.perf_counter() - started
         self._thread = threading.Thread(
             target=self._write, args=(content, path, snapshot_s), name=f"checkpoint-{step}", daemon=True

@@ -8,10 +8,11 @@ a sync sees the protocol.
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store
 
 from paceline.errors import LinkError
 
@@ -92,7 +93,7 @@ class GroupLink:
     """
 
     def __init__(
-        self, store: dist.Store, *, index: int, size: int, backend: str, timeout_s: float, loopback: bool = False
+        self, store: Store, *, index: int, size: int, backend: str, timeout_s: float, loopback: bool = False
     ) -> None:
         self.index = index
         self.size = size
@@ -136,29 +137,28 @@ def all_reduce_bytes(n_bytes: int, size: int) -> int:
 
 
 def connect(
-    store: dist.Store | None, *, index: int, size: int, coordinate: int, backend: str, timeout_s: float, loopback: bool
+    store: Store | None, *, index: int, size: int, coordinate: int, backend: str, timeout_s: float, loopback: bool
 ) -> Link:
     """The link between the ranks at ``coordinate`` of all replicas."""
     if size == 1:
         return LocalLink()
     assert store is not None, "links between replicas need a store"
-    store = dist.PrefixStore(f"link/{coordinate}", store)
+    store = PrefixStore(f"link/{coordinate}", store)
     return GroupLink(store, index=index, size=size, backend=backend, timeout_s=timeout_s, loopback=loopback)
 
 
-def _make_group(
-    store: dist.Store, index: int, size: int, backend: str, timeout: timedelta, loopback: bool
-) -> dist.ProcessGroupGloo:
+def _make_group(store: Store, index: int, size: int, backend: str, timeout: timedelta, loopback: bool) -> Any:
     if backend == "nccl":
-        group: dist.ProcessGroupGloo = dist.ProcessGroupNCCL(store, index, size, timeout)
-        return group
-    options = dist.ProcessGroupGloo._Options()
+        nccl_options = dist.ProcessGroupNCCL.Options()
+        nccl_options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, index, size, nccl_options)
+    make: Any = dist.ProcessGroupGloo
+    options = make._Options()
     # Without a name gloo resolves the host's own name, which fails on machines whose name is not in any table.
-    make = dist.ProcessGroupGloo
     options._devices = [make.create_device(hostname="127.0.0.1") if loopback else make.create_default_device()]
     options._timeout = timeout
     options._threads = 2
-    return dist.ProcessGroupGloo(store, index, size, options)
+    return make(store, index, size, options)
 
 
 def _reason(error: RuntimeError) -> str:

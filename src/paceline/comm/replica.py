@@ -35,10 +35,10 @@ class Shard:
     def gradient(self) -> torch.Tensor | None:
         """The part of the gradient held here, plain, in the parameter's own placement; None if there is none."""
         gradient = self.parameter.grad
-        if isinstance(gradient, DTensor) and isinstance(self.parameter, DTensor):
+        placements = self.parameter.placements if isinstance(self.parameter, DTensor) else None
+        if isinstance(gradient, DTensor) and gradient.placements != placements:
             # Under sequence parallelism a norm's gradient arrives as a pending sum: its local part alone is wrong.
-            if gradient.placements != self.parameter.placements:
-                gradient = self.parameter.grad = gradient.redistribute(placements=self.parameter.placements)
+            gradient = self.parameter.grad = gradient.redistribute(placements=placements)
         return None if gradient is None else local_part(gradient)
 
     def set_gradient(self, local: torch.Tensor | None) -> None:
@@ -73,11 +73,13 @@ class Finish:
 class Replica(Protocol):
     """The smallest set of ranks that together hold one copy of the training state, as one rank of it sees it."""
 
-    shards: Sequence[Shard]
-    """Trainable parameters held by this rank, in an order that is the same in every replica."""
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """Trainable parameters held by this rank, in an order that is the same in every replica."""
+        ...
 
     def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:
-        """Call ``fn`` once per shard and step, when its gradient is final inside the replica. One listener at a time."""
+        """Call ``fn`` once per shard and step, when its gradient is final in the replica. One listener at a time."""
 
     def finish(self, vote: Vote) -> Finish:
         """Check that gradients are finite, take the norm, clip, and step if ``vote`` says so; clear the gradients."""

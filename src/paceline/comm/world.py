@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from paceline.comm import link
 from paceline.comm.device import Device
@@ -16,7 +17,7 @@ from paceline.errors import LinkError, PlanError
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """Where the store of a run is; it is hosted outside the replicas, by the launcher, so that no replica's death ends it."""
+    """Where a run's store is: hosted outside the replicas, by the launcher, so that no replica's death ends it."""
 
     host: str = "127.0.0.1"
     port: int = 0
@@ -26,10 +27,10 @@ class Rendezvous:
     attempt: str = "0"
     """Told apart in the store's keys, which outlive a restart of the ranks."""
 
-    def host_store(self) -> dist.TCPStore:
+    def host_store(self) -> TCPStore:
         """Serve the store from this process; ``PlanError`` if the port is taken."""
         try:
-            return dist.TCPStore(
+            return TCPStore(
                 self.host, self.port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout_s)
             )
         except (RuntimeError, OSError) as error:
@@ -38,13 +39,13 @@ class Rendezvous:
                 "choose another port, or 0 for a free one"
             ) from error
 
-    def connect(self) -> dist.Store:
+    def connect(self) -> Store:
         """A client of the store; ``LinkError`` if it does not answer in time."""
         try:
-            store = dist.TCPStore(self.host, self.port, is_master=False, timeout=timedelta(seconds=self.timeout_s))
+            store = TCPStore(self.host, self.port, is_master=False, timeout=timedelta(seconds=self.timeout_s))
         except (RuntimeError, OSError) as error:
             raise LinkError(f"the rendezvous store at {self.host}:{self.port} does not answer") from error
-        return dist.PrefixStore(f"paceline/{self.attempt}", store)
+        return PrefixStore(f"paceline/{self.attempt}", store)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +54,19 @@ class World:
 
     coordinates: Coordinates
     device: Device
-    store: dist.Store | None
+    store: Store | None
     link: Link
 
 
 @contextmanager
 def join(coordinates: Coordinates, device: Device, rendezvous: Rendezvous | None) -> Iterator[World]:
-    """Join the replica's own world (if it has more than one rank) and the link to its counterparts in other replicas."""
+    """Join the replica's own world (of more than one rank) and the link to its counterparts in other replicas."""
     store = rendezvous.connect() if rendezvous is not None else None
     if coordinates.ranks > 1:
         assert store is not None and rendezvous is not None
         dist.init_process_group(
             device.backend,
-            store=dist.PrefixStore(f"replica/{coordinates.replica}", store),
+            store=PrefixStore(f"replica/{coordinates.replica}", store),
             rank=coordinates.rank,
             world_size=coordinates.ranks,
             timeout=timedelta(seconds=rendezvous.timeout_s),

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -172,7 +171,7 @@ def usable(items: Iterable[Document | BadRow], tally: Tally, quarantine: Quarant
     for item in items:
         if isinstance(item, BadRow):
             tally.quarantined += 1
-            tally.first_reason = tally.first_reason or f"{item.name}, row {item.row}: {item.reason}"
+            tally.first_reason = tally.first_reason or str(item)
             if quarantine:
                 quarantine.add(item)
         elif item.empty:
@@ -235,7 +234,8 @@ def _nothing(name: str, files: int, tally: Tally, quarantine: Quarantine, folder
     quarantine.flush()
     os.replace(quarantine.path, kept)
     return DataError(
-        f"data.source={name!r}: not one of {tally.quarantined} rows can be used; {tally.first_reason}; all are in {kept}"
+        f"data.source={name!r}: {tally.first_reason}; none of its {tally.quarantined} rows can be used,"
+        f" they are kept in {kept}"
     )
 
 

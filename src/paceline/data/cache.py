@@ -2,7 +2,7 @@
 
     <folder>/<key>/                 a finished entry; complete.json lists each of its files with its size
     <folder>/<key>.tmp/             an entry being made, by the process that holds the lock
-    <folder>/<key>.lock             locked (flock) by the process that makes the entry; the system frees it with the process
+    <folder>/<key>.lock             locked (flock) by its maker; the system frees it with the process
     <folder>/files.json             hashes of input files, by path, size and time of change
 
 An entry is made in the temporary folder, forced to disk, then renamed, so that its name never shows an unfinished one.
@@ -77,6 +77,8 @@ def _damage(final: Path) -> str | None:
                 return f"{name} has {there} bytes, expected {size}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
     except ValueError:
         return f"{_COMPLETE} is not JSON"
     return None
@@ -161,9 +163,9 @@ def stamp_of(file: SourceFile) -> list[int]:
 def _index(path: Path) -> dict[str, list[int | str]]:
     try:
         known = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return {name: [int(size), int(changed_ns), str(digest)] for name, (size, changed_ns, digest) in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _write_index(path: Path, known: dict[str, list[int | str]]) -> None:

@@ -8,14 +8,14 @@ What one document is (``data.document``):
     row         the text of one row of a table; for pairs, the texts of two columns
     auto        row in tables, file elsewhere
 
-``paragraph`` and ``line`` cut the text of a table's row too. With ``data.split: sentence`` each document is then cut into
-its sentences, which are documents of their own from there on, but are held out or trained on together.
+``paragraph`` and ``line`` cut the text of a table's row too. With ``data.split: sentence`` each document is then cut
+into its sentences, which are documents of their own from there on, but are held out or trained on together.
 """
 
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -83,7 +83,8 @@ def _texts(file: SourceFile, columns: Sequence[str], document: str) -> Iterator[
     if file.kind == "text":
         try:
             with file.open() as handle:
-                yield from _cut(file, handle, document)
+                for place, (number, raw) in enumerate(_pieces(handle, document)):
+                    yield _text(file, number, raw, "utf-8" if place else "utf-8-sig")
         except (OSError, EOFError) as error:
             yield BadRow.of(file, 0, f"cannot be read: {error}")
         return
@@ -91,27 +92,27 @@ def _texts(file: SourceFile, columns: Sequence[str], document: str) -> Iterator[
         if isinstance(cells, BadRow) or document in ("auto", "row"):
             yield cells
         else:
-            yield from _cut(file, io.BytesIO(cells[0].encode()), document)
+            yield from ((raw.decode(),) for _, raw in _pieces(io.BytesIO(cells[0].encode()), document))
 
 
-def _cut(file: SourceFile, handle: BinaryIO, document: str) -> Iterator[tuple[str, ...] | BadRow]:
+def _text(file: SourceFile, number: int, raw: bytes, codec: str) -> tuple[str] | BadRow:
+    if b"\0" in raw:
+        return BadRow.of(file, number, f"holds a NUL byte at {raw.index(0)}, so it is not text", raw)
+    try:
+        return (raw.decode(codec),)
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x})"
+        return BadRow.of(file, number, reason, raw)
+
+
+def _pieces(handle: BinaryIO, document: str) -> Iterator[tuple[int, bytes]]:
+    """What becomes a document each, and the number of its first line (0 for all)."""
     if document == "line":
-        pieces: Iterable[tuple[int, bytes]] = ((number, line.rstrip(b"\r\n")) for number, line in enumerate(handle, 1))
+        yield from ((number, line.rstrip(b"\r\n")) for number, line in enumerate(handle, 1))
     elif document == "paragraph":
-        pieces = _paragraphs(handle)
+        yield from _paragraphs(handle)
     else:
-        pieces = [(0, handle.read())]
-    codec = "utf-8-sig"  # a byte order mark may stand before the first piece
-    for number, raw in pieces:
-        if b"\0" in raw:
-            yield BadRow.of(file, number, f"holds a NUL byte at {raw.index(0)}, so it is not text", raw)
-            continue
-        try:
-            yield (raw.decode(codec),)
-        except UnicodeDecodeError as error:
-            reason = f"is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x})"
-            yield BadRow.of(file, number, reason, raw)
-        codec = "utf-8"
+        yield 0, handle.read()
 
 
 def _paragraphs(handle: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -130,9 +131,9 @@ def _paragraphs(handle: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 _SENTENCE_END = re.compile(
     r"""
-      [.!?…] ["'”’»)\]]* (?= \s+ [^\sa-z] )   # an end mark, closing quotes, space, and no small letter after it
-    | [。！？] ["'”’」』）]*                      # scripts that write no space between sentences
-    | (?= \n [^\S\n]* \n )                    # a blank line
+      [.!?\u2026] ["'\u201d\u2019\u00bb)\]]* (?= \s+ [^\sa-z] )  # a mark, closing quotes, space, no small letter
+    | [\u3002\uff01\uff1f] ["'\u201d\u2019\u300d\u300f\uff09]*   # ideographic marks, which no space follows
+    | (?= \n [^\S\n]* \n )                                     # a blank line
     """,
     re.VERBOSE,
 )
@@ -141,8 +142,9 @@ _SENTENCE_END = re.compile(
 def sentences(text: str) -> list[str]:
     """The sentences of a text, without the white space around them.
 
-    A sentence ends at ``. ! ? …`` before white space that no small ASCII letter follows, at ``。！？``, and at a blank
-    line. Abbreviations before a capital ("Dr. Who") are cut too.
+    A sentence ends at a full stop, exclamation or question mark or ellipsis before white space that no small ASCII
+    letter follows, at the ideographic forms of these, and at a blank line. Abbreviations before a capital ("Dr. Who")
+    are cut too.
     """
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     parts = (text[start:end].strip() for start, end in zip([0, *ends], [*ends, len(text)], strict=True))

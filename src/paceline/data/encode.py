@@ -1,9 +1,9 @@
 """Turn texts into token ids, in several processes, with the results in the order of the texts.
 
-A process is this file run as a program. It is told the tokenizer, then for each chunk of texts it is sent, it sends back
-the ids. It is started anew rather than forked, since the tokenizers library leaves threads behind in its caller, and
-shares no start-up with multiprocessing, whose one server of a process others may need with other modules in it. Messages
-are arrays of bytes and numbers; nothing is unpickled.
+A process is this file run as a program. It is told the tokenizer; then for each chunk of texts it sends back their ids.
+It is started anew rather than forked, since the tokenizers library leaves threads in its caller, and not by
+multiprocessing, whose fork server there is one of in a process, for those who fill it with other modules. Messages are
+arrays of bytes and numbers; nothing is unpickled.
 """
 
 import os
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain, islice
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self, TypeVar, cast
@@ -105,10 +105,8 @@ class _Process:
         if error is not None:
             self.process.kill()
         self.output.close()
-        try:
+        with suppress(BrokenPipeError):
             self.input.close()
-        except BrokenPipeError:
-            pass
         self.process.wait()
 
     def send(self, texts: Sequence[bytes]) -> None:
@@ -127,10 +125,11 @@ class _Process:
 
     def _died(self) -> DataError:
         status = self.process.wait()
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        return DataError(
-            f"a tokenising process {how} (SIGKILL: often too little memory); nothing was cached, run again"
-        )
+        if status < 0:
+            how = f"was killed by {signal.Signals(-status).name}; SIGKILL often means too little memory"
+        else:
+            how = f"ended with exit status {status}; its own message stands above"
+        return DataError(f"a tokenising process {how}. Nothing was cached: run again")
 
 
 def _write(stream: BinaryIO, lengths: NDArray[np.int64], body: bytes) -> None:
@@ -162,7 +161,6 @@ def _serve(incoming: BinaryIO, outgoing: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends this by closing the line
+    # Ctrl-C reaches parent and child alike; the parent ends this by closing the line
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _serve(sys.stdin.buffer, sys.stdout.buffer)

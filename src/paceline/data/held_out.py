@@ -1,10 +1,10 @@
 """Collect the tokenised documents of a source, then cut off the part that is held out.
 
-Which documents are held out is a function of their text alone: the hash of the text is compared with the fraction, so
-that a document that stands in the data twice falls to one side, and more data moves no document. Where there are too few
-documents for that (under 100, or none that the hash picks) the end of the token stream is held out instead: the share
-that was asked for, but at least 1,024 tokens or, if that is less, a tenth of all. Where that cuts through a document, an
-end-of-text token closes its first half. Of pairs, whole documents are held out: the share, but at least one.
+Which documents are held out is a function of their text alone (of the first text of a pair): its hash is compared with
+the fraction, so that a document that stands in the data twice falls to one side, and more data moves no document. Where
+there are too few for that (under 100, or none that the hash picks) the end of the token stream is held out instead: the
+share that was asked for, but at least 1,024 tokens or, if that is less, a tenth of all. Where that cuts through a
+document, an end-of-text token closes its first half. Of pairs, whole ones are held out: the share, but at least one.
 """
 
 import math

@@ -21,9 +21,9 @@ class Loader:
     """Deals the global batch of each step to ``ranks`` ranks and gives this one its micro-batches.
 
     Slot b of a step is of rank b mod ``ranks``. Every rank gets the same number of micro-batches of the same number of
-    rows: ``micro``, at most and by default the largest share of a rank. Missing rows are filled up with the rank's
-    first row at weight 0.0; a filler is numbered like the slot it stands in, at or past the end of the step, so that
-    sequence numbers are unique within a step.
+    rows: ``micro``, at most and by default a rank's share, rounded up. Missing rows are filled up with the rank's first
+    row at weight 0.0; a filler is numbered like the slot it stands in, at or past the end of the step, so that sequence
+    numbers are unique within a step.
 
     Raises ``PlanError`` where there are fewer sequences than ranks.
     """
@@ -45,9 +45,10 @@ class Loader:
                 f"Use batch.sequences={ranks} or more, or fewer replicas"
             )
         self._rows, self._order = rows, order
-        self._sequences, self._rank, self._ranks = sequences, rank, ranks
+        self._sequences = sequences
         share = -(-sequences // ranks)
-        self._micro = min(micro or share, share)
+        self._micro = micro or share
+        assert 0 < self._micro <= share, f"micro={micro} is more than a rank's share of {share} sequences"
         self._slots = rank + ranks * np.arange(-(-share // self._micro) * self._micro)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paceline-loader")
         self._ahead: deque[tuple[int, Future[MicroBatches]]] = deque()

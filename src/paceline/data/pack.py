@@ -55,7 +55,11 @@ class PackedRows:
         self.dropped_tokens = int((part_tokens - np.where(self.rows_per_part > 0, held, 0)).sum())
         """Tokens that stand in no row."""
         if not keep_tail and len(self) == 0:
-            raise DataError(_too_short(int(part_tokens.max()), self._stride, overlap, by_file))
+            what = "the longest file of the data" if by_file else "the data"
+            raise DataError(
+                f"{what} gives {part_tokens.max()} tokens, fewer than the {row_tokens} that one sequence takes "
+                "(batch.sequence_tokens); use more data or shorter sequences"
+            )
 
     def __len__(self) -> int:
         """How many rows there are."""
@@ -118,12 +122,3 @@ def _file_bounds(token_set: TokenSet) -> Ints:
     changes = np.diff(token_set.files)
     assert not np.any(changes < 0), "documents do not stand in the order of their files"
     return np.concatenate([[0], np.flatnonzero(changes) + 1, [len(token_set)]])
-
-
-def _too_short(tokens: int, stride: int, overlap: int, by_file: bool) -> str:
-    what = "the longest file of the data" if by_file else "the data"
-    beyond = " and the token to predict after it" if overlap else ""
-    return (
-        f"{what} gives {tokens} tokens, fewer than one sequence of {stride} (batch.sequence_tokens){beyond}; "
-        "use more data or shorter sequences"
-    )

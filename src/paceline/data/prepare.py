@@ -49,13 +49,13 @@ def prepare(
     """Tokenise the data of a config into the cache, or open what is there.
 
     ``columns``: the column of tables that holds the text, or (source, target) for pairs. ``tokenizer``: folder or hub
-    name of the model's own; ``data.tokenizer`` goes before it. Without either, a byte-level BPE of ``vocabulary`` entries
-    is trained on the data, with ``extra_tokens`` (``<mask>``, ...) among them. ``vocabulary``: rows of the model's
-    embedding, None if they follow the tokenizer. ``workers``: processes that tokenise; the result does not depend on it.
-    Many processes may call at once: one works, the others wait.
+    name of the model's own; ``data.tokenizer`` goes before it. Without either, a byte-level BPE of ``vocabulary``
+    entries is trained on the data, with ``extra_tokens`` (``<mask>``, ...) among them. ``vocabulary``: rows of the
+    model's embedding, None if they follow the tokenizer. ``workers``: processes that tokenise; the result does not
+    depend on it. Many processes may call at once: one works, the others wait.
 
-    Raises ``DataError`` if anything is wrong with the data, the tokenizer or the cache, and ``MissingExtraError`` if the
-    data is a dataset of the Hugging Face hub and ``datasets`` is not installed.
+    Raises ``DataError`` if anything is wrong with the data, the tokenizer or the cache, and ``MissingExtraError`` if
+    the data is a dataset of the Hugging Face hub and ``datasets`` is not installed.
     """
     folder = cache.default_folder(data.cache)
     sources = tuple(_files(source.source, columns, folder, say) for source in data.sources)

@@ -1,9 +1,10 @@
 """Find the files that a source of the config names.
 
-A source is a named corpus, a file, a directory (searched with all below it), or a glob (``**`` crosses directories); a
-leading ``~`` is the home folder. A corpus goes before a path of the same name: write ``./python-docs`` for the path. What
-a file holds is told by its ending. In directories and globs, hidden files and files of unknown ending are passed over; a
-file named itself must have a known ending. The order is that of the sorted paths.
+A source is a named corpus, a file, a directory (with all below it; links to directories are not followed), or a glob
+(``**`` crosses directories); a leading ``~`` is the home folder. A corpus goes before a path of the same name: write
+``./python-docs`` for the path. What a file holds is told by its ending. In directories and globs, hidden files and
+files of unknown ending are passed over; a file named itself must have a known ending. Files come in the order of their
+paths.
 """
 
 import difflib
@@ -32,10 +33,14 @@ TABLE_ENDINGS: dict[str, Kind] = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
-TEXT_ENDINGS = frozenset(
-    ".txt .text .md .markdown .rst .adoc .org .tex .log .html .htm .xml .toml .yaml .yml .ini .cfg .sql .py .pyi .c .h"
-    " .cc .cpp .hpp .rs .go .java .kt .scala .js .mjs .ts .rb .pl .php .sh .lua .r .jl .hs .ml .swift".split()
-)
+# fmt: off
+TEXT_ENDINGS = frozenset({
+    ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log", ".html", ".htm", ".xml", ".toml",
+    ".yaml", ".yml", ".ini", ".cfg", ".sql", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go",
+    ".java", ".kt", ".scala", ".js", ".mjs", ".ts", ".rb", ".pl", ".php", ".sh", ".lua", ".r", ".jl", ".hs", ".ml",
+    ".swift",
+})
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,9 @@ class BadRow:
     row: int
     reason: str
     raw: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, row {self.row}: {self.reason}" if self.row else f"{self.name} {self.reason}"
 
     @classmethod
     def of(cls, file: SourceFile, row: int, reason: str, raw: str | bytes = "") -> Self:
@@ -136,8 +144,11 @@ def _named_file(path: Path) -> SourceFile:
 
 
 def _directory(folder: Path, source: str) -> tuple[SourceFile, ...]:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"data.source={source!r}: {error.filename}: {error.strerror}")
+
     found = []
-    for current, subfolders, names in os.walk(folder):
+    for current, subfolders, names in os.walk(folder, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         found += [Path(current, name) for name in names if not name.startswith(".")]
     return _known(found, source, f"no file of a known kind among its {len(found)} files")

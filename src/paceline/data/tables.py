@@ -135,9 +135,16 @@ def _cut_short(error: json.JSONDecodeError) -> bool:
 
 
 def _csv(file: SourceFile, handle: BinaryIO, columns: Cells) -> _Read:
-    """CSV and TSV, with a header, quoted as RFC 4180 says; quoted cells may hold line ends."""
+    """CSV and TSV, with a header, quoted as RFC 4180 says; quoted cells may hold line ends.
+
+    A byte that is not UTF-8 comes in as a lone surrogate, so that only its own row is bad.
+    """
     csv.field_size_limit(_CELL_CHARACTERS)  # of the whole process; the standard 131,072 is less than many documents
-    lines = _Lines(handle)
+    with io.TextIOWrapper(handle, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        yield from _csv_rows(file, _Lines(text), columns)
+
+
+def _csv_rows(file: SourceFile, lines: "_Lines", columns: Cells) -> _Read:
     reader = csv.reader(lines, delimiter="\t" if file.kind == "tsv" else ",", strict=True)
     header: list[str] = []
     while True:
@@ -156,10 +163,10 @@ def _csv(file: SourceFile, handle: BinaryIO, columns: Cells) -> _Read:
 
 
 class _Lines:
-    """Lines for the CSV reader; remembers where a row begins. Bytes that are not UTF-8 become lone surrogates."""
+    """Lines for the CSV reader; remembers where a row begins and how it looks."""
 
-    def __init__(self, handle: BinaryIO) -> None:
-        self.lines = io.TextIOWrapper(handle, "utf-8-sig", errors="surrogateescape", newline="")
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.lines = lines
         self.number = 0
         self.start_row()
 

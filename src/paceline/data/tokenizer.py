@@ -3,15 +3,15 @@
 A tokenizer lives in a folder that ``transformers.AutoTokenizer`` loads: ``tokenizer.json`` and
 ``tokenizer_config.json``. Only the ``tokenizers`` library is needed to train one and to read back what was trained;
 importing transformers takes seconds. It is needed for a folder whose ``tokenizer_config.json`` names a class of
-transformers: such a class may build its own normaliser and pre-tokeniser and leave those in ``tokenizer.json`` aside, and
-what counts are the ids that ``AutoTokenizer`` gives.
+transformers, or that holds a model's ``config.json``, whose type may decide about the class: such a class may build its
+own normaliser and pre-tokeniser and leave those in ``tokenizer.json`` aside, and what counts are the ids that
+``AutoTokenizer`` gives.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class LoadedTokenizer:
     core: Tokenizer
     special: SpecialTokens
     outer: Any = None
-    """The transformers tokenizer around ``core``, if its class is needed; None if ``tokenizer.json`` says everything."""
+    """The transformers tokenizer around ``core``, if its class is needed; None if ``tokenizer.json`` says all."""
 
     def count_bytes(self, ids: NDArray[Any]) -> int:
         """UTF-8 bytes of the text that some ids stand for; to a few bytes, where the ends cut through a character."""
@@ -75,8 +75,8 @@ class LoadedTokenizer:
 def train(texts: Iterable[str], vocabulary: int, extra_tokens: Sequence[str], folder: Path) -> LoadedTokenizer:
     """Train a byte-level BPE of at most ``vocabulary`` entries on ``texts`` and write it to ``folder``.
 
-    ``<|endoftext|>`` is its first entry and serves as bos, eos and pad; ``extra_tokens`` (``<mask>``,
-    ``<extra_id_0>``, ...) come next. Text comes back from its ids exactly. ``DataError`` if the vocabulary is too small.
+    ``<|endoftext|>`` is its first entry and serves as bos, eos and pad; ``extra_tokens`` (``<mask>``, ``<extra_id_0>``,
+    ...) come next. Text comes back from its ids exactly. ``DataError`` if the vocabulary is too small.
     """
     tokens = list(dict.fromkeys([END_OF_TEXT, *extra_tokens]))
     if vocabulary < 256 + len(tokens):
@@ -107,7 +107,8 @@ def load(name: str) -> LoadedTokenizer:
     """The tokenizer in a folder, or of that name on the Hugging Face hub; ``DataError`` if there is none to use."""
     folder = Path(name).expanduser()
     config = _read_json(folder / "tokenizer_config.json")
-    if (folder / "tokenizer.json").is_file() and config.get("tokenizer_class") in _PLAIN_CLASSES:
+    plain = config.get("tokenizer_class") in _PLAIN_CLASSES and not (folder / "config.json").exists()
+    if plain and (folder / "tokenizer.json").is_file():
         try:
             core = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
@@ -127,7 +128,8 @@ def _load_class(name: str, folder: Path) -> LoadedTokenizer:
     except Exception as error:  # whatever its many formats and the network may raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(
-            f"tokenizer {name!r} cannot be loaded: {reason} Expected a folder with tokenizer.json, or a Hugging Face name"
+            f"tokenizer {name!r} cannot be loaded: {reason.rstrip('.')}; expected a folder with tokenizer.json, or a"
+            " Hugging Face name"
         ) from error
     if not getattr(outer, "is_fast", False):
         raise DataError(
@@ -148,7 +150,9 @@ def _ready(name: str, core: Tokenizer, tokens: Mapping[str, str | None], outer: 
             f"tokenizer {name!r} has neither an end-of-text nor a separator token; expected eos_token in its"
             " tokenizer_config.json"
         )
-    sentinels = takewhile(lambda i: i is not None, (core.token_to_id(f"<extra_id_{n}>") for n in count()))
+    sentinels: list[int] = []
+    while (sentinel := core.token_to_id(f"<extra_id_{len(sentinels)}>")) is not None:
+        sentinels.append(sentinel)
     special = SpecialTokens(
         vocabulary=max(core.get_vocab(with_added_tokens=True).values()) + 1, end=end, sentinels=tuple(sentinels), **ids
     )

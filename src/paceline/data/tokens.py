@@ -1,7 +1,7 @@
 """Tokenised documents on disk: one flat stream of token ids, and where each document begins in it.
 
-A set is a folder of ``.npy`` files, mapped into memory when opened, so that a set of any size opens at once and ranks of
-one machine share its pages:
+A set is a folder of ``.npy`` files, mapped into memory when opened, so that a set of any size opens at once and the
+ranks of one machine share its pages:
 
     tokens.npy    (N,) uint16 or uint32     the documents one after the other, each ended by the end-of-text token
     offsets.npy   (D + 1,) int64            document d is tokens[offsets[d]:offsets[d + 1]]
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 class TokenSet:
     """One tokenised part (train or held-out) of one source.
 
-    ``tokens`` (N,) uint16 | uint32; ``offsets`` (D + 1,) int64, so that document d is ``tokens[offsets[d]:offsets[d+1]]``
-    and its last token is the end-of-text token; ``files`` (D,) int32, the index of the file the document came from;
+    ``tokens`` (N,) uint16 | uint32; ``offsets`` (D + 1,) int64: document d is ``tokens[offsets[d]:offsets[d + 1]]`` and
+    its last token is the end-of-text token; ``files`` (D,) int32, the index of the file the document came from;
     ``n_bytes``, UTF-8 bytes of the text; ``target``, of the same D, the second column of paired data.
     """
 

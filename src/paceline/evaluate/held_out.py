@@ -15,7 +15,9 @@ from paceline.data.tokens import TokenSet
 from paceline.objectives.base import Objective
 from paceline.sync.base import Sync
 
-Sampler = Callable[[], tuple[dict[str, str], ...]]
+Sample = dict[str, str | bool]
+"""``prompt``, the ``text`` the model made of it, and whether it wrote ``backward``: the text then comes first."""
+Sampler = Callable[[], tuple[Sample, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,7 @@ class Evaluation:
     """Bits per UTF-8 byte of text; None where the objective does not give the text a probability."""
     targets: int
     time: float
-    samples: tuple[dict[str, str], ...] = ()
-    """``prompt`` and the ``text`` the model made of it."""
+    samples: tuple[Sample, ...] = ()
 
     def values(self) -> dict[str, Any]:
         """As plain values, for JSON."""

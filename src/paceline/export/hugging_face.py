@@ -1,6 +1,6 @@
 """Write a trained model as a Hugging Face folder, which ``from_pretrained`` and most other programs read.
 
-The folder is written under another name beside its place and renamed when it is whole, so a reader never sees half of it.
+The folder is written under another name beside its place and renamed when it is whole: a reader never sees half of it.
 """
 
 import os
@@ -43,7 +43,7 @@ def write(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write config, weights, tokenizer, generation config and a model card to ``folder``; replace an older export there.
+    """Write config, weights, tokenizer, generation config and model card to ``folder``, in place of an older export.
 
     ``tensors`` maps the names of the model's ``state_dict`` to full tensors; one name of a tied parameter is enough. It
     is read one block of the model at a time, so a mapping that fetches a tensor when asked keeps memory small.

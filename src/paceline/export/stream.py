@@ -1,8 +1,8 @@
 """Write safetensors files tensor by tensor, so that a model is never in memory a second time.
 
 The format (huggingface/safetensors): 8 bytes, the length N of the header as little-endian; N bytes of JSON,
-``{name: {dtype, shape, data_offsets: [begin, end]}}``; then the bytes of all tensors without gaps. The header comes first,
-so shapes are taken from tensors on the meta device and the values follow.
+``{name: {dtype, shape, data_offsets: [begin, end]}}``; then the bytes of all tensors without gaps. The header comes
+first, so shapes are taken from tensors on the meta device and the values follow.
 """
 
 import json
@@ -35,12 +35,16 @@ def write_sharded(
 ) -> list[Path]:
     """Write ``values`` to one file, or to several of at most ``shard_bytes`` (and one tensor) with an index.
 
-    ``shapes`` holds a tensor of the right shape and dtype (meta will do) for each name, in the order in which ``values``
-    gives them. Returns the files with tensors, in order.
+    ``shapes`` holds a tensor of the right shape and dtype (meta will do) for each name, in the order in which
+    ``values`` gives them. Returns the files with tensors, in order.
     """
     assert sys.byteorder == "little"  # the format is, and tensors are written as they lie in memory
     shards = _split(shapes, shard_bytes)
-    names = [WHOLE] if len(shards) == 1 else [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
+    names = (
+        [WHOLE]
+        if len(shards) == 1
+        else [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
+    )
     stream = iter(values)
     for file_name, shard in zip(names, shards, strict=True):
         with open(folder / file_name, "wb") as file:
@@ -83,4 +87,4 @@ def _write_next(file: BinaryIO, stream: Iterable[tuple[str, Tensor]], name: str,
     given, tensor = next(iter(stream))
     assert (given, tensor.shape, tensor.dtype) == (name, expected.shape, expected.dtype), (given, name)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    file.write(memoryview(flat.view(torch.uint8).numpy()))
+    file.write(flat.view(torch.uint8).numpy().data)

@@ -21,8 +21,8 @@ def write_weights(
 ) -> None:
     """Write ``tensors`` as the weights of ``model``, which may be on the meta device.
 
-    Parameters are rounded to ``dtype``, buffers stay as they are, a tied tensor is stored once. Raises ``ModelError`` if
-    names or shapes are not those of the model.
+    Parameters are rounded to ``dtype``, buffers stay as they are, a tied tensor is stored once. Raises ``ModelError``
+    if names or shapes are not those of the model.
     """
     stored = _stored(model)
     given = _match(model, stored, tensors)

@@ -12,7 +12,7 @@ from pathlib import Path
 from paceline.comm.ranks import Coordinates
 from paceline.comm.world import Rendezvous
 from paceline.errors import WorkerError
-from paceline.workers.process import Child, Line, Message, start_method
+from paceline.workers.process import Child, Line, Message, start_method, told_error
 
 RankMain = Callable[[Coordinates, Rendezvous, Line], None]
 _GRACE_S = 5.0
@@ -49,7 +49,9 @@ class LocalRun:
             for c in coordinates
         }
         self.ranks = [
-            Rank(coordinates=c, pid=self._children[c.global_rank].process.pid or 0, log=self._children[c.global_rank].log)
+            Rank(
+                coordinates=c, pid=self._children[c.global_rank].process.pid or 0, log=self._children[c.global_rank].log
+            )
             for c in coordinates
         ]
         try:
@@ -110,16 +112,11 @@ class LocalRun:
         self._collect_errors()
         self.kill()
         failed = [(rank, child) for rank, child in self._children.items() if child.error]
-        rank, child = min(failed, key=lambda item: (_blame(item[1]), item[0]))
+        _, child = min(failed, key=lambda item: (_blame(item[1]), item[0]))
         assert child.error is not None
-        message = child.error["message"]
-        if trace := child.error.get("traceback"):
-            message = f"{message}\n{trace}"
         if child.error.get("died"):
-            raise WorkerError(f"{message}; the other ranks were ended. Its log: {child.log}")
-        if child.error.get("expected"):
-            raise WorkerError(message)
-        raise WorkerError(f"{child.name}: {message}. Its log: {child.log}")
+            raise WorkerError(f"{child.error['message']}; the other ranks were ended. Its log: {child.log}")
+        raise told_error(child.error, child.log)
 
     def _collect_errors(self) -> None:
         """Give the other ranks a moment to say what they know: the first to speak is seldom the one at fault."""

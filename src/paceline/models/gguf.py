@@ -17,15 +17,15 @@ from paceline.models.quiet import quiet
 def import_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write config, tokenizer and de-quantised weights of ``file`` to the new folder ``folder``.
 
-    Raises ``MissingExtraError`` without the ``gguf`` package, and ``ModelError`` if ``folder`` exists, if the file is not
-    there, is of a family that transformers cannot read from GGUF, or does not hold every weight of its model.
+    Raises ``MissingExtraError`` without the ``gguf`` package, and ``ModelError`` if ``folder`` exists, if the file is
+    not there, is of a family that transformers cannot read from GGUF, or does not hold every weight of its model.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError("reading a GGUF file needs the gguf package: pip install 'paceline[gguf]'.")
     if not file.is_file():
         raise ModelError(f"{file} does not exist; expected a GGUF file.")
     if folder.exists():
         raise ModelError(f"{folder} exists already; choose a new folder for the imported model.")
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError("reading a GGUF file needs the gguf package: pip install 'paceline[gguf]'.")
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)  # of an import that was killed
     try:

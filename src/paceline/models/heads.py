@@ -1,8 +1,8 @@
 """What a model puts on top of its blocks, and which families of transformers have it.
 
-    causal    the next token from those before it      AutoModelForCausalLM
-    masked    hidden tokens from those around them     AutoModelForMaskedLM
-    seq2seq   a target sequence from a source sequence AutoModelForSeq2SeqLM
+causal    the next token from those before it      AutoModelForCausalLM
+masked    hidden tokens from those around them     AutoModelForMaskedLM
+seq2seq   a target sequence from a source sequence AutoModelForSeq2SeqLM
 """
 
 from typing import Any, Literal, get_args

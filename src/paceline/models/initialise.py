@@ -1,8 +1,8 @@
 """First values of parameters, as a function of (seed, module name) alone.
 
-Every module draws from a generator of its own, keyed by the seed and the module's full name. So the values do not depend
-on the number of ranks, on the order in which modules are visited, or on what else the model holds, and a block made alone
-is bit-equal to the same block of the whole model.
+Every module draws from a generator of its own, keyed by the seed and the module's full name. So the values do not
+depend on the number of ranks, on the order in which modules are visited, or on what else the model holds, and a block
+made alone is bit-equal to the same block of the whole model.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ def initialise(module: nn.Module, seed: int, *, name: str = "", owner: nn.Module
     ``PreTrainedModel``), which also recomputes buffers such as rotary frequencies. Elsewhere each submodule that has
     ``reset_parameters`` is reset; parameters that stand directly in a module without it keep the values they have.
 
-    ``name`` is the full name of ``module`` in its model and ``owner`` the ``PreTrainedModel`` around it: both are needed
-    to make one block alone. A tied parameter takes the value of the module that holds it first.
+    ``name`` is the full name of ``module`` in its model and ``owner`` the ``PreTrainedModel`` around it: both are
+    needed to make one block alone. A tied parameter takes the value of the module that holds it first.
     """
     _forget_flags(module)
     _draw(module, seed, name, owner)
 
 
 def initialise_missing(model: nn.Module, seed: int, missing: Iterable[str]) -> None:
-    """Fill only the parameters and buffers of a transformers model named in ``missing``; all others keep their values."""
+    """Fill only what ``missing`` names of a transformers model; other parameters and buffers keep their values."""
     from transformers.initialization import guard_torch_init_functions
 
     named = model.state_dict(keep_vars=True)

@@ -19,7 +19,9 @@ def locate(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.exists():
         if not folder.is_dir():
-            raise ModelError(f"model.path={path!r} is a file; expected a folder with config.json and model.safetensors.")
+            raise ModelError(
+                f"model.path={path!r} is a file; expected a folder with config.json and model.safetensors."
+            )
     elif folder.is_absolute() or path.startswith("."):
         raise ModelError(f"model.path={path!r} does not exist; expected a Hugging Face model folder or hub name.")
     else:

@@ -76,7 +76,9 @@ def known_keys(config_class: Any) -> set[str]:
             # Older spellings arrive here as **kwargs and are named by string constants; derived values, which a saved
             # config also holds, are named as attributes.
             code = inspect.unwrap(vars(base)["__post_init__"]).__code__
-            keys |= {word for word in (*code.co_consts, *code.co_names) if isinstance(word, str) and word.isidentifier()}
+            keys |= {
+                word for word in (*code.co_consts, *code.co_names) if isinstance(word, str) and word.isidentifier()
+            }
     if config_class.is_encoder_decoder:
         keys.add(DECODER_START)  # read from the config of every encoder-decoder, though not every one declares it
     if "rope_parameters" in keys:
@@ -85,10 +87,10 @@ def known_keys(config_class: Any) -> set[str]:
 
 
 def _class_of(family: Any, where: str) -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if family not in CONFIG_MAPPING_NAMES:
-        near = _nearest(str(family), CONFIG_MAPPING_NAMES) or "for example llama, gpt2, qwen3, bert or t5"
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        near = _nearest(str(family), CONFIG_MAPPING) or "for example llama, gpt2, qwen3, bert or t5"
         raise ConfigError(f"{where}.model_type={family!r}: unknown model family, {near}")
     return CONFIG_MAPPING[family]
 
@@ -100,7 +102,9 @@ def _unknown_keys(config_class: Any, given: Mapping[str, Any], where: str) -> li
         if key in ELSEWHERE:
             problems.append(f"{where}.{key}: not read here, {ELSEWHERE[key]}")
         elif key not in known:
-            hint = _nearest(key, known) or f"{config_class.model_type} has: {', '.join(sorted(_own_fields(config_class)))}"
+            hint = (
+                _nearest(key, known) or f"{config_class.model_type} has: {', '.join(sorted(_own_fields(config_class)))}"
+            )
             problems.append(f"{where}.{key}: unknown key, {hint}")
         elif isinstance(given[key], Mapping) and (part := config_class.sub_configs_defaults.get(key)):
             inner = part.config_class
@@ -147,7 +151,9 @@ def _sizes(config_class: Any, given: Mapping[str, Any], where: str) -> list[str]
     if problems:
         return problems
 
-    width, heads, kv_heads, head = map(number, ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
+    width, heads, kv_heads, head = map(
+        number, ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
     if width and heads and head is None:
         if width % heads:
             problems.append(
@@ -172,11 +178,11 @@ def _sizes(config_class: Any, given: Mapping[str, Any], where: str) -> list[str]
 def _ids(config_class: Any, token_ids: Mapping[str, int]) -> dict[str, int | None]:
     ids: dict[str, int | None] = {}
     for field in dataclasses.fields(config_class):
+        may_be_unset = field.name != "pad_token_id" or not is_encoder(config_class.model_type)
         if field.name in token_ids:
             ids[field.name] = token_ids[field.name]
-        elif field.name in TOKEN_IDS and "None" in str(field.type):
-            if field.name != "pad_token_id" or not is_encoder(config_class.model_type):
-                ids[field.name] = None
+        elif field.name in TOKEN_IDS and may_be_unset and "None" in str(field.type):
+            ids[field.name] = None
     return ids
 
 
@@ -186,11 +192,11 @@ def _activations(given: Mapping[str, Any], where: str) -> list[str]:
         return []
     from transformers.activations import ACT2FN
 
-    return [
-        f"{where}.{key}={given[key]!r}: unknown activation, {_nearest(given[key], ACT2FN) or 'for example silu or gelu'}"
-        for key in names
-        if given[key] not in ACT2FN
-    ]
+    def hint(name: str) -> str:
+        return _nearest(name, ACT2FN) or "for example silu or gelu"
+
+    unknown = [key for key in names if given[key] not in ACT2FN]
+    return [f"{where}.{key}={given[key]!r}: unknown activation, {hint(given[key])}" for key in unknown]
 
 
 def _divisors(number: int, near: int) -> str:

@@ -73,11 +73,14 @@ class ModelSource:
 
     @property
     def vocabulary(self) -> int | None:
-        """Rows of the embedding; None for a config that leaves it to the tokenizer."""
+        """Rows of the embedding; None for a config that leaves it to the tokenizer. ``ConfigError`` if not a count."""
         text = self.settings.get("text_config")
-        size = self.settings.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
-        if size is None and self.folder is not None:
-            size = self.hugging_face_config().get_text_config().vocab_size
+        inner = text.get("vocab_size") if isinstance(text, Mapping) else None
+        size = self.settings.get("vocab_size", inner)
+        if size is None:
+            return None if self.folder is None else int(self.hugging_face_config().get_text_config().vocab_size)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"model.config.vocab_size={size!r}: expected a whole number of at least 1")
         return size
 
     @property
@@ -97,15 +100,15 @@ class ModelSource:
     def with_vocabulary(self, size: int, special: Mapping[str, int | None] | None = None) -> Self:
         """This source for a tokenizer of ``size`` entries whose special token ids are ``special`` (bos, eos, pad, ...).
 
-        Sets what the config leaves open; a folder with weights stays as it is. A padding id that is also another special
-        token is left out, for its embedding row would never be trained. Raises ``ModelError`` if the model has fewer
-        rows than the tokenizer has entries.
+        Sets what the config leaves open; a folder with weights stays as it is. A padding id that is also another
+        special token is left out, for its embedding row would never be trained. Raises ``ModelError`` if the model has
+        fewer rows than the tokenizer has entries.
         """
         rows = self.vocabulary
         if rows is not None and size > rows:
             raise ModelError(
-                f"the tokenizer has {size} entries but the model's vocabulary has {rows}. Use the model's own tokenizer, "
-                f"or a model with vocab_size of at least {size}."
+                f"the tokenizer has {size} entries but the model's vocabulary has {rows}. Use the model's own "
+                f"tokenizer, or a model with vocab_size of at least {size}."
             )
         if self.folder is not None:
             return self
@@ -140,7 +143,9 @@ class ModelSource:
             with torch.device("meta"):
                 model = auto_class(self.head).from_config(config, dtype=torch.float32, attn_implementation=attention)
         except Exception as error:  # each family raises what it likes
-            raise ModelError(f"model family {self.family!r} refuses this config: {' '.join(str(error).split())}") from error
+            raise ModelError(
+                f"model family {self.family!r} refuses this config: {' '.join(str(error).split())}"
+            ) from error
         return model.train()  # type: ignore[no-any-return]
 
     def build(self, seed: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:

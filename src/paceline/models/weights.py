@@ -44,7 +44,8 @@ def load(folder: Path, head: Head, config: Any, *, seed: int, attention: str | N
             f"{name}: {list(stored)} in the file, {list(wanted)} in the model."
         )
     _refuse_broken_tie(model, folder)
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    missing = sorted(report["missing_keys"] - set(model.all_tied_weights_keys))
+    unexpected = sorted(report["unexpected_keys"])
     if missing or unexpected:
         _judge(model, folder, missing, unexpected)
         initialise_missing(model, seed, missing)

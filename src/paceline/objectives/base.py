@@ -11,7 +11,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from paceline.config import DataConfig, Options
 from paceline.data.rows import Ints, Row
 from paceline.data.tokenizer import SpecialTokens
 from paceline.errors import ModelError
+from paceline.models.heads import Head
 from paceline.objectives.cross_entropy import NO_TARGET, summed_cross_entropy
 
-Head = Literal["causal", "masked", "seq2seq"]
 Arrays = dict[str, NDArray[Any] | bool]
 
 

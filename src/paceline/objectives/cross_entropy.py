@@ -16,9 +16,10 @@ from torch.autograd.function import once_differentiable
 
 NO_TARGET = -100
 
-# fp32 elements of a chunk: 2 MiB stay in a CPU's second-level cache; elsewhere few large kernels are better.
-CPU_CHUNK = 1 << 19
+CPU_CHUNK = 1 << 21
+"""fp32 elements of a chunk, 8 MiB: near the caches, yet so large that threads seldom wait for each other."""
 DEVICE_CHUNK = 1 << 26
+"""The same elsewhere, 256 MiB: few large kernels."""
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

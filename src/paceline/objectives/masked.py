@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from paceline.config import NonNegative, Positive
 from paceline.data.rows import Ints, Row
 from paceline.errors import PlanError
+from paceline.models.heads import Head
 from paceline.objectives.base import (
     Arrays,
     Batch,
-    Head,
     ObjectiveContext,
     ObjectiveOptions,
     make_batch,

@@ -6,10 +6,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from paceline.data.rows import Row
+from paceline.models.heads import Head
 from paceline.objectives.base import (
     Arrays,
     Batch,
-    Head,
     ObjectiveContext,
     ObjectiveOptions,
     make_batch,

@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from paceline.data.rows import Row
-from paceline.objectives.base import Batch, Head, ObjectiveContext, ObjectiveOptions, padding_id, token_loss
+from paceline.models.heads import Head
+from paceline.objectives.base import Batch, ObjectiveContext, ObjectiveOptions, padding_id, token_loss
 from paceline.objectives.next_token import causal_batch
 
 

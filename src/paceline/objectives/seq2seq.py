@@ -7,13 +7,13 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from paceline.config import DataConfig, Fraction, Positive
+from paceline.config import DataConfig, Positive
 from paceline.data.rows import Ints, Row
 from paceline.errors import PlanError
+from paceline.models.heads import Head
 from paceline.objectives.base import (
     Arrays,
     Batch,
-    Head,
     ObjectiveContext,
     ObjectiveOptions,
     make_batch,
@@ -40,7 +40,7 @@ class Seq2Seq(ObjectiveOptions):
     """Column of the source text, for pairs."""
     target: str | None = None
     """Column of the target text, for pairs."""
-    noise_density: Annotated[Fraction, Field(gt=0)] = 0.15
+    noise_density: Annotated[Positive, Field(le=0.9)] = 0.15
     """Share of the tokens that is taken out; not for pairs."""
     mean_span_tokens: Annotated[Positive, Field(ge=1)] = 3.0
     """Tokens taken out at one place, on average; not for pairs."""

@@ -60,5 +60,5 @@ def corrupt(
 
 def _partition(items: int, parts: int, random: np.random.Generator) -> Ints:
     """Sizes (parts,) of ``items`` cut into that many parts, none of them empty."""
-    cuts = np.sort(random.permutation(items - 1)[: parts - 1]) + 1
+    cuts = np.sort(np.argsort(random.random(items - 1))[: parts - 1]) + 1
     return np.diff(cuts, prepend=0, append=items)

@@ -6,7 +6,7 @@ from paceline.optim.warmup import Warmup
 
 
 class Cosine(Warmup):
-    """factor = final + (1 - final) (1 + cos(pi t)) / 2, with t the share of the steps after the warm-up that is done."""
+    """factor = final + (1 - final) (1 + cos(pi t)) / 2; t is the share of the steps after the warm-up that is done."""
 
     def factor(self, step: int, steps: int) -> float:
         """What the peak rate is multiplied by in step ``step`` (1-based) of ``steps``."""

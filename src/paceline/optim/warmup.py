@@ -12,7 +12,7 @@ class Warmup(Options):
     """The factor in the last step."""
 
     def split(self, step: int, steps: int) -> tuple[float, float]:
-        """The warm-up factor in step ``step`` (1-based), and how much of what follows the warm-up is done, in [0, 1]."""
+        """The warm-up factor in step ``step`` (1-based), and the share of what follows it that is done, in [0, 1]."""
         warmup = min(steps // 20 if self.warmup_steps is None else self.warmup_steps, steps)
         if step <= warmup:
             return step / warmup, 0.0

@@ -11,7 +11,8 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{block}.") for block in found) or not isinstance(module, nn.ModuleList):
+        inside = any(name == block or name.startswith(f"{block}.") for block in found)
+        if inside or not isinstance(module, nn.ModuleList):
             continue
         for index, item in enumerate(module):
             if any(True for _ in item.parameters()):

@@ -43,7 +43,7 @@ class Masters:
     def refresh(self) -> None:
         """Copy the masters' values into the model, after the optimizer has changed them."""
         if self._cast:
-            compute = [self._compute[name] for name in self._cast]
+            compute: list[torch.Tensor] = [self._compute[name] for name in self._cast]
             torch._foreach_copy_(compute, [self.parameters[name].detach() for name in self._cast])
 
     def _hook(self, name: str, fn: OnGradient) -> Callable[[torch.Tensor], None]:

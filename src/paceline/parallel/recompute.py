@@ -1,5 +1,8 @@
 """Activation recompute: keep the input of each block, and compute the rest again in the backward pass."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,15 +22,15 @@ def recompute_full(model: nn.Module) -> int:
             "Use layout.recompute=none."
         )
     for block in found.values():
-        block.forward = _Recomputed(block.forward)  # type: ignore[method-assign]
+        block.forward = _Recomputed(block.forward)
     return len(found)
 
 
 class _Recomputed:
     """A forward whose activations are not kept."""
 
-    def __init__(self, forward: object) -> None:
+    def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward = forward
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)

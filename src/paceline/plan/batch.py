@@ -34,7 +34,7 @@ class BatchPlan:
 
 
 def plan_batch(batch: BatchConfig, data_parallel: int) -> BatchPlan:
-    """Deal the batch out; ``PlanError`` if there are fewer sequences than ranks, or ``micro`` exceeds a rank's share."""
+    """Deal the batch out; ``PlanError`` for fewer sequences than ranks, or ``micro`` above a rank's share."""
     if batch.sequences < data_parallel:
         raise PlanError(
             f"batch.sequences={batch.sequences} is fewer than the {data_parallel} data-parallel ranks, so some would "

@@ -47,7 +47,11 @@ class Summary:
 
     def values(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        return asdict(self)
+        return {
+            **asdict(self),
+            "bits_per_byte": self.run.bits_per_byte,
+            "baselines": {"gzip -9": self.gzip_bits_per_byte, "order-5 byte n-gram": self.ngram_bits_per_byte},
+        }
 
     def text(self) -> str:
         """For a person."""

@@ -50,7 +50,8 @@ class Plan:
         open_note = " (the vocabulary follows the tokenizer)" if self.vocabulary_is_open else ""
         filling = f", {b.filling} place(s) filled with zero weight" if b.filling else ""
         lines = [
-            f"model      {self.model.parameters:,} parameters in {self.model.tensors} tensors, {self.model.layers} blocks{open_note}",
+            f"model      {self.model.parameters:,} parameters in {self.model.tensors} tensors, "
+            f"{self.model.layers} blocks{open_note}",
             f"batch      {b.sequences} sequences x {b.sequence_tokens} tokens = {b.tokens:,} tokens a step"
             f" = {b.data_parallel} rank(s) x {b.micro_batches} micro-batch(es) x {b.micro} sequence(s){filling}",
             f"run        {c.train.steps:,} steps, {b.tokens * c.train.steps:,} tokens, into {c.train.output}",

@@ -10,7 +10,7 @@ STARTER = """\
 # Change a value for one run:    paceline train {name} optimizer.lr=1e-3
 # All keys, for editors:         paceline schema > paceline.schema.json
 
-model: {{preset: llama-5m}}           # or {{config: {{model_type: llama, hidden_size: 64, ...}}}}, or {{path: FOLDER-OR-HUB-NAME}}
+model: {{preset: llama-5m}}           # or {{config: {{model_type: llama, ...}}}}, or {{path: FOLDER-OR-HUB-NAME}}
 data: {{source: python-docs}}         # a path, directory or glob such as texts/*.jsonl; or a list of them with weights
 batch: {{sequences: 16, sequence_tokens: 256}}   # of one step, over all ranks
 train: {{steps: 300, output: runs/first}}

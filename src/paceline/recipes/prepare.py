@@ -6,30 +6,30 @@ stays free of threads until the ranks have been forked.
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from paceline.config import Config
-from paceline.errors import DataError, WorkerError
-from paceline.workers.process import Child, Line, start_method
+from paceline.errors import WorkerError
+from paceline.workers.process import Child, Line, start_method, told_error
 
 
 def prepare_in_child(config: Config, log: Path, *, say: Callable[[str], None], debug: bool) -> None:
     """Fill the cache of tokenised data that the ranks will open, and import their modules meanwhile.
 
-    Raises what the preparation raised, as a ``DataError`` with its message.
+    Raises what the preparation raised, or what is wrong with the model, before the data has been read.
     """
     child = Child("preparing the data", _Prepare(config), log, method=start_method(), debug=debug)
     try:
         preload(config)
+        check_model(config)
         while True:
             message = child.line.receive()
             if message["kind"] == "say":
                 say(message["text"])
             elif message["kind"] == "error":
-                trace = f"\n{message['traceback']}" if message["traceback"] else ""
-                where = "" if message["expected"] else f" (log: {log})"
-                raise DataError(f"{message['message']}{where}{trace}")
+                raise told_error(message, log)
             else:
                 break
     except EOFError:
@@ -45,10 +45,18 @@ def preload(config: Config) -> None:
     importlib.import_module("paceline.train.assemble")
     family = (config.model.config or {}).get("model_type") if config.model else None
     if family:
-        try:
+        with suppress(ImportError):  # a family that lives elsewhere: the ranks import it, or say that it is unknown
             importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        except ImportError:
-            pass  # a family that lives elsewhere: the ranks import it themselves, or say that it is unknown
+
+
+def check_model(config: Config) -> None:
+    """Describe the model once, without memory, so that a config that does not fit fails in the first seconds."""
+    from paceline.train.assemble import check_positions, resolve_model
+
+    source = resolve_model(config)
+    if source is not None:
+        check_positions(source, config.batch.sequence_tokens)
+        source.meta()
 
 
 @dataclass(frozen=True)

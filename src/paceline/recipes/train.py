@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from paceline.track.report import write_report
 from paceline.track.terminal import display
 from paceline.train.assemble import assemble
 from paceline.train.records import open_records
-from paceline.train.trainer import Loop
+from paceline.train.trainer import Loop, find
 from paceline.workers.process import Line
 
 Say = Callable[[str], None]
@@ -66,6 +67,7 @@ def run(config: Config, *, debug: bool = False, say: Say = print) -> Result | No
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
     ranks = ranks_per_replica(config.layout)
     plan_batch(config.batch, config.replicas)
+    find(Path(config.train.output) / "checkpoints", config.checkpoint.resume)  # what cannot be resumed fails at once
     if torchrun.started_by_torchrun():
         return _train_as_rank(config, ranks, say)
     with run_folder.claim(config.train.output) as output:
@@ -96,14 +98,24 @@ def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: S
                     shown = display(config.track.display, RunInfo(**info), sys.stdout)
                 case {"kind": "done", "result": result}:
                     done = result
-                case {"kind": "step" | "evaluation" | "event" as kind, "record": record} if shown:
+                case {"kind": "step" | "evaluation" | "event" as kind, "record": record}:
                     if first_loss_s is None and kind == "step":
                         first_loss_s = time.perf_counter() - start
-                    getattr(shown, kind)(record)
+                    shown = shown and _show(shown, kind, record)
     finally:
         if shown:
-            shown.close()
+            with suppress(OSError):
+                shown.close()
     return Result(**{**done, "first_loss_s": first_loss_s, "seconds": time.perf_counter() - start})
+
+
+def _show(shown: Tracker, kind: str, record: Mapping[str, Any]) -> Tracker | None:
+    """Tell the display; one whose terminal is gone (`paceline train | head`) is dropped, and training goes on."""
+    try:
+        getattr(shown, kind)(record)
+    except OSError:
+        return None
+    return shown
 
 
 def _places(config: Config, ranks: int) -> list[Coordinates]:
@@ -160,7 +172,12 @@ class _Forward:
 
 
 def run_rank(
-    config: Config, coordinates: Coordinates, rendezvous: Rendezvous | None, *, line: Line | None = None, say: Say = print
+    config: Config,
+    coordinates: Coordinates,
+    rendezvous: Rendezvous | None,
+    *,
+    line: Line | None = None,
+    say: Say = print,
 ) -> Result:
     """Train as one rank; the leader also keeps the records, the export and the report."""
     device = claim_device(coordinates)
@@ -192,9 +209,7 @@ def _leave_results(loop: Loop) -> None:
     config, output = loop.parts.config, Path(loop.parts.config.train.output)
     assert loop.trackers is not None
     if loop.parts.source is not None:
-        hugging_face.write(
-            output / "export", loop.weights(), loop.parts.source, loop.parts.prepared.tokenizer
-        )
+        hugging_face.write(output / "export", loop.weights(), loop.parts.source, loop.parts.prepared.tokenizer)
         loop.trackers.event("export", str(output / "export"), step=loop.step)
     if loop.step == config.train.steps:
         loop.trackers.event("done", f"{loop.step} steps", step=loop.step)

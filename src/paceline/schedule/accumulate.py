@@ -21,7 +21,7 @@ class Accumulate:
     def run(self, batches: Sequence[Batch], *, step: int, scale: float, expect: Callable[[bool], None]) -> float:
         """Add ``scale`` times the gradient of the summed loss to the parameters' gradients; returns the summed loss.
 
-        ``expect`` is told before each backward pass whether it is the last of the step, after which gradients are final.
+        ``expect`` is told before each backward pass whether it is the last of the step: then gradients are final.
         """
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for i, batch in enumerate(batches):

@@ -27,7 +27,9 @@ def generate(run: Path, prompt: str, *, tokens: int, temperature: float, seed: i
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or [""])[0]
     if "CausalLM" not in name and "LMHead" not in name:
-        raise ModelError(f"{folder} holds {name or 'a model'}, which does not continue text; train with objective=next_token")
+        raise ModelError(
+            f"{folder} holds {name or 'a model'}, which does not continue text; train with objective=next_token"
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     yield from _stream(model, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
@@ -49,7 +51,9 @@ def _stream(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature
 
     def run() -> None:
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+        )
         try:
             model.generate(
                 input_ids=inputs.input_ids,

@@ -15,20 +15,21 @@ def open_trackers(
     folder: Path, config: TrackConfig, info: RunInfo, *, stream: TextIO | None = None, extra: Iterable[Tracker] = ()
 ) -> Trackers:
     """Open the trackers of a run whose files are in ``folder``; the display goes to ``stream`` (standard output).
-    ``extra`` trackers are told as well.
 
-    Metrics and evaluations after ``info.start_step`` are cut first, so that each step stands once. Raises
-    ``TrainError`` when the folder cannot be written.
+    Metrics and evaluations after ``info.start_step`` are cut first, so that each step stands once. ``extra`` are told
+    too. Raises ``TrainError`` when the folder cannot be written.
     """
-    from paceline.track.jsonl import JsonLines, cut
+    from paceline.track.jsonl import JsonLines, cut, write_info
     from paceline.track.terminal import display
 
     cut(folder, info.start_step)
+    write_info(folder, info)
     source = JsonLines(folder)
-    sinks: list[Tracker] = [*extra]
+    sinks: list[Tracker] = []
     if config.tensorboard:
         from paceline.track.tensorboard import TensorBoard
 
         sinks.append(TensorBoard(folder / "tensorboard", start_step=info.start_step))
-    shown = display(config.display, info, stream or sys.stdout)
-    return Trackers(source, [*sinks, shown] if shown else sinks)
+    if shown := display(config.display, info, stream or sys.stdout):
+        sinks.append(shown)
+    return Trackers(source, [*sinks, *extra])

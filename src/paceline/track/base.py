@@ -1,10 +1,11 @@
 """What is told about a run while it trains, and to whom.
 
-One sink is the source of truth (``JsonLines``); everything else is for looking at and may fail without harm. Records are
-plain values as they stand in the run's files:
+One sink is the source of truth (``JsonLines``); everything else is for looking at and may fail without harm. Records
+are plain values as they stand in the run's files:
 
     metrics      {"step": 1, "loss": 5.1, "lr": 3e-4, "gradient_norm": 1.2, "tokens": 4096, "tokens_seen": 4096, ...}
-    evaluation   {"step": 100, "loss": 2.1, "bits_per_byte": 1.6, "targets": 32000, "samples": [{"prompt": ..., "text": ...}]}
+    evaluation   {"step": 100, "loss": 2.1, "bits_per_byte": 1.6, "targets": 32000,
+                  "samples": [{"prompt": "The", "text": " end"}]}
     event        {"step": 100, "kind": "checkpoint", "message": "..."}
 
 ``Trackers`` adds ``time`` (seconds since 1970) where it is missing.
@@ -40,8 +41,10 @@ class RunInfo:
     sync: str = "all_reduce"
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
+    machine: str = ""
+    """Processors and memory, in words."""
     mfu_formula: str = ""
-    """How ``mfu`` was computed, in words, with the peak it divides by."""
+    """How ``mfu`` was computed, a sentence: ``MFU = ...``, with the peak it divides by."""
 
 
 class Tracker(Protocol):

@@ -53,7 +53,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. ``raw`` is faint and without a number at its end; ``dots`` are joined measurements; ``area`` is filled."""
+    """One curve: ``raw`` is faint, without a number at its end, ``dots`` are measurements, ``area`` is filled."""
 
     name: str
     points: Sequence[Point]

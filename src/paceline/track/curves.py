@@ -91,7 +91,7 @@ def thin(points: Sequence[Point], limit: int = 1000) -> list[Point]:
 
 
 class History:
-    """The course of a value in at most ``2 * width`` numbers, however many are added: old ones are averaged in pairs."""
+    """The course of a value in at most ``2 * width`` numbers: when there are more, they are averaged in pairs."""
 
     def __init__(self, width: int = 256) -> None:
         self._width = width

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from paceline.errors import PacelineError
+from paceline.track.base import RunInfo
 from paceline.track.charts import Mark, Steps
 from paceline.track.curves import Point, Values
-from paceline.track.jsonl import EVENTS, METRICS, read_evaluations, read_events, read_metrics
+from paceline.track.jsonl import EVENTS, METRICS, RUN, read_evaluations, read_events, read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class RunFolder:
     events: list[dict[str, Any]]
     config_text: str
     config: Mapping[str, Any]
-    processes: list[Any]
+    info: RunInfo | None
     summary: Mapping[str, Any]
 
     def column(self, key: str) -> list[float | None]:
@@ -79,7 +80,7 @@ def read_run(path: Path) -> RunFolder:
         config = yaml.safe_load(config_text)
     except yaml.YAMLError as error:
         raise PacelineError(f"{path / 'config.yaml'} is not valid YAML: {error}".partition("\n")[0]) from None
-    processes, summary = _json(path / "processes.json"), _json(path / "summary.json")
+    summary = _json(path / "summary.json")
     return RunFolder(
         path=path,
         metrics=read_metrics(path),
@@ -87,9 +88,19 @@ def read_run(path: Path) -> RunFolder:
         events=read_events(path),
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
-        processes=processes if isinstance(processes, list) else [],
+        info=_info(path / RUN),
         summary=summary if isinstance(summary, dict) else {},
     )
+
+
+def _info(path: Path) -> RunInfo | None:
+    values = _json(path)
+    if values is None:
+        return None
+    try:
+        return RunInfo(**values)
+    except TypeError as error:
+        raise PacelineError(f"{path} does not say what a run is: {error}; it is written when training starts") from None
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The source of truth of a run: metrics, evaluations and events as JSON lines.
+"""The source of truth of a run: what it is, and its metrics, evaluations and events as JSON lines.
 
 A line is complete when its newline is written, and is written by one system call, so a kill leaves at most one half
 line at the end of a file. Files only grow, except that ``cut`` takes the steps after a checkpoint back when a run
@@ -7,12 +7,15 @@ continues from it, so that each step stands once. Events are never cut: they tel
 
 import json
 import os
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from paceline.errors import PacelineError, TrainError
-from paceline.track.base import Record
+from paceline.track.base import Record, RunInfo
 
+RUN = "run.json"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 EVENTS = "events.jsonl"
@@ -25,9 +28,11 @@ class JsonLines:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._metrics = _Appender(folder / METRICS)
-        self._evaluations = _Appender(folder / EVALUATIONS)
-        self._events = _Appender(folder / EVENTS)
+        with ExitStack() as files:
+            self._metrics = files.enter_context(closing(_Appender(folder / METRICS)))
+            self._evaluations = files.enter_context(closing(_Appender(folder / EVALUATIONS)))
+            self._events = files.enter_context(closing(_Appender(folder / EVENTS)))
+            self._files = files.pop_all()
 
     def step(self, metrics: Record) -> None:
         """Append to ``metrics.jsonl``."""
@@ -43,8 +48,7 @@ class JsonLines:
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self._metrics, self._evaluations, self._events):
-            file.close()
+        self._files.close()
 
 
 class _Appender:
@@ -78,6 +82,11 @@ def _refuse(path: Path, error: OSError) -> NoReturn:
         f"{path} cannot be written: {error.strerror or error}. "
         "Make room or give permission, then run the same command again: it continues from the newest checkpoint."
     ) from error
+
+
+def write_info(folder: Path, info: RunInfo) -> None:
+    """Write ``run.json``, whole or not at all; ``TrainError`` if it cannot be written."""
+    _replace(folder / RUN, json.dumps(asdict(info), indent=1).encode() + b"\n")
 
 
 def cut(folder: Path, step: int) -> None:
@@ -155,11 +164,13 @@ def _mend(path: Path) -> None:
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink()
         _refuse(path, error)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 from rich.box import ROUNDED
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -15,7 +17,7 @@ from rich.text import Text
 
 from paceline.track.base import Record, RunInfo
 from paceline.track.progress import Progress, event_words, held_out_words, ranks_words
-from paceline.track.words import clock, count, one_line, percent, quantity, rate, size, span
+from paceline.track.words import clock, count, one_line, percent, quantity, rate, size
 
 WIDEST = 112
 THREE_COLUMNS_FROM = 100
@@ -65,7 +67,7 @@ class LiveDisplay:
         """The panel as it is now, for rich."""
         width = min(self._console.width, WIDEST)
         with self._lock:
-            inside = [self._bar(), Text(), self._values(3 if width >= THREE_COLUMNS_FROM else 2)]
+            inside: list[RenderableType] = [self._bar(), Text(), self._values(3 if width >= THREE_COLUMNS_FROM else 2)]
             if bars := self._progress.losses.bars(width - 20):
                 inside.append(
                     Text.assemble(("\nloss, smoothed ", "dim"), (bars, "cyan"), no_wrap=True, overflow="crop")
@@ -126,10 +128,11 @@ class LiveDisplay:
             grid.add_row(*(text for cell in cells[row::rows] for text in cell))
         return grid
 
-    def _notes(self, width: int) -> list[Text]:
+    def _notes(self, width: int) -> list[RenderableType]:
         """What stands beneath. The last line is short: a terminal prints ``^C`` behind it, which must not wrap."""
         formula = one_line(self._progress.info.mfu_formula)
-        notes = [Text(f" {formula}"[: 2 * width], style="dim")] if formula else []
+        note = Constrain(Padding(Text(formula, style="dim"), (0, 1), expand=False), width)
+        notes: list[RenderableType] = [note] if formula else []
         return notes if self._closed else [*notes, Text(" Ctrl-C finishes the step, saves and stops ", style="dim")]
 
 

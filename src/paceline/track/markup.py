@@ -26,7 +26,7 @@ def escape(text: str) -> Markup:
 
 
 def element(tag: str, *children: str, **attributes: str | float | None) -> Markup:
-    """``<tag attributes>children</tag>``; ``class_`` is ``class``, ``text_anchor`` is ``text-anchor``, None is left out."""
+    """``<tag ...>children</tag>``; ``class_`` is ``class``, ``text_anchor`` is ``text-anchor``, None adds none."""
     written = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escape(_plain(value))}"'
         for name, value in attributes.items()

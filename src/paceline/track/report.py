@@ -1,15 +1,16 @@
 """The report of a run: one HTML file that opens from disk, without network or script.
 
-It shows what the run's folder holds: ``metrics.jsonl``, ``evaluations.jsonl``, ``events.jsonl``, ``config.yaml``,
-``processes.json`` (a list of processes with ``replica`` and ``rank``), and ``summary.json``, a map in which each key may be missing:
-``model``, ``parameters``, ``machine``, ``mfu_formula`` (a sentence: ``MFU = ...``), ``bits_per_byte`` (held-out, at the end) and
-``baselines`` (name to bits per byte of the same text, such as ``{"gzip -9": 1.98}``).
+It shows what the run's folder holds: ``run.json`` (the ``RunInfo``), ``metrics.jsonl``, ``evaluations.jsonl``,
+``events.jsonl``, ``config.yaml``, and ``summary.json``, a map of what was measured after the end: ``bits_per_byte`` of
+the held-out text, and ``baselines``, name to bits per byte of the same text, as in ``{"gzip -9": 1.98}``. Each may be
+missing.
 """
 
 import os
 import shlex
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from paceline.errors import PacelineError
 from paceline.track.figures import figures
 from paceline.track.folder import RunFolder, read_run
 from paceline.track.markup import Markup, element
-from paceline.track.style import STYLE
+from paceline.track.progress import ranks_words
 from paceline.track.verdict import verdict
 from paceline.track.words import clock, count, quantity, rate
 
@@ -46,7 +47,7 @@ def write_report(folder: Path) -> Path:
 
 def render(run: RunFolder) -> str:
     """The whole page."""
-    name = str(run.setting("train", "output") or run.path.resolve().name)
+    name = run.info.name if run.info else run.path.resolve().name
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -54,7 +55,7 @@ def render(run: RunFolder) -> str:
         # Whatever a text in the run holds: the page loads nothing and runs no script.
         element("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
         element("title", f"{name} \u2013 paceline"),
-        element("style", Markup(STYLE)),
+        element("style", Markup((files("paceline.track") / "report.css").read_text(encoding="utf-8"))),
     )
     body = element(
         "body",
@@ -84,26 +85,14 @@ def _verdict(run: RunFolder) -> Markup:
 
 def _about(run: RunFolder) -> str:
     """One line: the model, how it was trained, where and when."""
-    parameters = run.summary.get("parameters")
+    info = run.info
     times = [time for record in (*run.events, *run.metrics) if isinstance(time := record.get("time"), int | float)]
-    sync = run.setting("sync", "name") or run.setting("sync")
     parts = [
-        run.summary.get("model") or run.setting("model", "preset") or run.setting("model", "config", "model_type"),
-        f"{count(parameters)} parameters" if isinstance(parameters, int) else None,
-        _ranks(run),
-        sync if isinstance(sync, str) else None,
-        run.summary.get("machine"),
-        f"started {datetime.fromtimestamp(min(times), UTC):%Y-%m-%d %H:%M} UTC" if times else None,
+        *([info.model, f"{count(info.parameters)} parameters", ranks_words(info), info.precision] if info else []),
+        *([info.sync, info.machine] if info else []),
+        f"started {datetime.fromtimestamp(min(times), UTC):%Y-%m-%d %H:%M} UTC" if times else "",
     ]
-    return " \u00b7 ".join(str(part) for part in parts if part)
-
-
-def _ranks(run: RunFolder) -> str | None:
-    known = [process for process in run.processes if isinstance(process, dict) and "rank" in process]
-    replicas = len({process.get("replica") for process in known})
-    if not known:
-        return None
-    return f"{replicas} replica{'s' * (replicas != 1)} on {len(known)} process{'es' * (len(known) != 1)}"
+    return " \u00b7 ".join(part for part in parts if part)
 
 
 def _samples(run: RunFolder) -> Markup:
@@ -120,7 +109,8 @@ def _samples(run: RunFolder) -> Markup:
             for sample in record["samples"]:
                 if sample["prompt"] == prompt:
                     entries.append(element("p", f"step {record['step']:,}"))
-                    entries.append(element("pre", element("span", prompt, class_="prompt"), _short(sample["text"])))
+                    pieces = [element("span", prompt, class_="prompt"), _short(sample["text"])]
+                    entries.append(element("pre", *(pieces[::-1] if sample.get("backward") else pieces)))
         columns.append(element("div", *entries))
     return element("section", element("h2", "What it writes"), element("div", *columns, class_="samples"))
 
@@ -185,8 +175,11 @@ def _commands(run: RunFolder) -> Markup:
     config = str(run.path / "config.yaml")
     again = f"{run.path}-again"
     repeat = ["paceline", "train", config, f"train.output={again}", "checkpoint.resume=never"]
-    resume = run.setting("checkpoint", "resume")
-    proceed = ["paceline", "train", config, *(["checkpoint.resume=auto"] if resume not in (None, "auto") else [])]
+    proceed = ["paceline", "train", config]
+    if run.setting("train", "output") != str(run.path):
+        proceed.append(f"train.output={run.path}")
+    if run.setting("checkpoint", "resume") not in (None, "auto"):
+        proceed.append("checkpoint.resume=auto")
     last, wanted = run.metrics[-1]["step"] if run.metrics else 0, run.setting("train", "steps")
     if isinstance(wanted, int) and last >= wanted:
         proceed.append(f"train.steps={2 * wanted}")

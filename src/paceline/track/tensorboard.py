@@ -51,7 +51,7 @@ class TensorBoard:
         self._scalars(evaluation, HELD_OUT_TAGS)
         for place, sample in enumerate(evaluation.get("samples", ())):
             # Four blanks before a line: Markdown keeps the block as it is.
-            lines = (sample["prompt"] + sample["text"]).splitlines()
+            lines = "".join(_reading_order(sample)).splitlines()
             text = "\n".join("    " + line for line in lines)
             self._summary(evaluation, self._text_pb(f"samples/{place}", text))
 
@@ -73,3 +73,9 @@ class TensorBoard:
     def _write(self, event: Any) -> None:
         self._writer.write(event.SerializeToString())
         self._writer.flush()
+
+
+def _reading_order(sample: Record) -> tuple[str, str]:
+    """A model that writes backward has put its text before the prompt."""
+    pieces = (sample["prompt"], sample["text"])
+    return pieces[::-1] if sample.get("backward") else pieces

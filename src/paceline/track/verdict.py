@@ -87,7 +87,7 @@ def _speed(run: RunFolder) -> Sentence:
         rest += f", MFU {percent(median(shares))}"
     if memory := _known(run, "memory_bytes"):
         rest += f", {size(max(memory))} of memory at most"
-    if formula := run.summary.get("mfu_formula"):
+    if formula := run.info and run.info.mfu_formula:
         rest += f"; {formula}"
     return "Speed", f"{median(speeds):,.0f} tokens/s" if speeds else "", rest
 

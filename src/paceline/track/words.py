@@ -29,26 +29,20 @@ def count(value: float) -> str:
     """A number of things, short: ``950``, ``4,096``, ``1.31M``, ``2.25B``."""
     if abs(value) < 99_999.5:
         return f"{value:,.0f}"
-    for unit in ("k", "M", "B"):
-        value /= 1000
-        if abs(value) < 999.5:
-            break
-    else:
-        value, unit = value / 1000, "T"
+    unit = min(4, math.floor(math.log10(abs(value) * 1.0005) / 3))  # 999.5 thousand is shown as 1.00M
+    value /= 1000**unit
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
-    return f"{value:.{digits}f}{unit}"
+    return f"{value:.{digits}f}{' kMBT'[unit]}"
 
 
 def size(value: float | None) -> str:
     """Bytes: ``412 MiB``, ``1.61 GiB``; a dash for None."""
     if value is None:
         return "-"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1023.5:
-            break
-        value /= 1024
-    else:
-        unit = "TiB"
+    units = ["TiB", "GiB", "MiB", "KiB", "B"]
+    unit = units.pop()
+    while abs(value) >= 1023.5 and units:
+        value, unit = value / 1024, units.pop()
     digits = 0 if unit == "B" or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
     return f"{value:.{digits}f} {unit}"
 

@@ -1,9 +1,10 @@
 """From a config to the parts of a training loop on one rank, in the order in which the data flows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -19,7 +20,7 @@ from paceline.data.pack import PackedRows, PairedRows
 from paceline.data.prepare import Prepared, prepare
 from paceline.data.rows import Rows
 from paceline.errors import PlanError
-from paceline.evaluate.held_out import HeldOut, tokens_per_byte
+from paceline.evaluate.held_out import HeldOut, Sample, tokens_per_byte
 from paceline.evaluate.sample import continue_text
 from paceline.models.describe import describe
 from paceline.models.source import ModelSource
@@ -64,6 +65,10 @@ class Parts:
     evaluator: HeldOut
     checkpointer: Checkpointer | None
     """Of the rank that writes; None on the others."""
+    dropped_tokens: int
+    """Of the training part: in no row."""
+    file_streams: int | None
+    """How many streams the files are dealt to, where files are dealt; part of the data order."""
     peak_flops_per_s: float
     """Measured matrix-multiplication peak of all ranks together."""
 
@@ -102,7 +107,9 @@ def _vocabulary(config: Config, source: ModelSource | None) -> int | None:
     """Entries of a tokenizer that is trained, or the most that a given one may have; None for any number."""
     asked, rows = config.data.vocabulary, source.vocabulary if source else None
     if asked is not None and rows is not None and asked > rows:
-        raise PlanError(f"data.vocabulary={asked} is more than the model's {rows} rows of embedding; use {rows} or fewer")
+        raise PlanError(
+            f"data.vocabulary={asked} is more than the model's {rows} rows of embedding; use {rows} or fewer"
+        )
     given = config.data.tokenizer or (source and source.tokenizer)
     return rows if given else asked or rows or DEFAULT_VOCABULARY
 
@@ -127,9 +134,10 @@ def assemble(
     options = objective_options(config)
     row_tokens = options.row_tokens(context)
     train_rows = _rows(config, prepared, row_tokens, options.overlap)
+    order = _order(config, train_rows)
     loader = Loader(
         train_rows,
-        _order(config, train_rows),
+        order,
         sequences=batch.sequences,
         rank=coordinates.replica,
         ranks=coordinates.replicas,
@@ -167,6 +175,8 @@ def assemble(
         schedule=Accumulate(model, objective, seed=config.seed, device=device.torch_device),
         evaluator=_evaluator(config, world, prepared, model, objective, batch, row_tokens),
         checkpointer=_checkpointer(config, world),
+        dropped_tokens=sum(part.dropped_tokens for part in train_rows),
+        file_streams=order.streams if isinstance(order, FileOrder) else None,
         peak_flops_per_s=coordinates.global_ranks
         * matmul_flops_per_s(device, torch.bfloat16 if precision == "bf16" else torch.float32),
     )
@@ -181,10 +191,11 @@ def model_sizes(model: nn.Module, vocabulary: int) -> ModelSizes:
     """Counts of a module, which may be on the meta device."""
     infos = describe(model)
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+    hugging_face: Any = model
+    embedding = hugging_face.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     table = getattr(embedding, "weight", None)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = hugging_face.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     lookup_only = table is not None and getattr(head, "weight", None) is not table
     return ModelSizes(
         parameters=sum(info.numel for info in infos),
@@ -210,7 +221,7 @@ def objective_context(config: Config, prepared: Prepared, source: ModelSource | 
     )
 
 
-def _rows(config: Config, prepared: Prepared, row_tokens: int, overlap: int) -> list[Rows]:
+def _rows(config: Config, prepared: Prepared, row_tokens: int, overlap: int) -> list[PackedRows] | list[PairedRows]:
     if prepared.train[0].target is not None:
         return [PairedRows(part, row_tokens) for part in prepared.train]
     return [
@@ -225,7 +236,7 @@ def _rows(config: Config, prepared: Prepared, row_tokens: int, overlap: int) -> 
     ]
 
 
-def _order(config: Config, rows: list[Rows]) -> Order:
+def _order(config: Config, rows: Sequence[PackedRows | PairedRows]) -> Order:
     if config.data.split != "file":
         return SampleOrder([len(r) for r in rows], [s.weight for s in config.data.sources], config.seed)
     if len(rows) != 1 or not isinstance(rows[0], PackedRows):
@@ -255,9 +266,7 @@ def _evaluator(
     return HeldOut(
         model=model,
         objective=objective,
-        rows=partial(
-            held_out_rows, held_out, config.evaluate.sequences, coordinates.replica, coordinates.replicas
-        ),
+        rows=partial(held_out_rows, held_out, config.evaluate.sequences, coordinates.replica, coordinates.replicas),
         micro=batch.micro,
         seed=config.seed,
         device=world.device.torch_device,
@@ -266,14 +275,16 @@ def _evaluator(
     )
 
 
-def _samples(config: Config, world: World, prepared: Prepared, model: nn.Module) -> tuple[dict[str, str], ...]:
+def _samples(config: Config, world: World, prepared: Prepared, model: nn.Module) -> tuple[Sample, ...]:
     options = objective_options(config)
     if not world.coordinates.is_leader or options.head != "causal" or not config.evaluate.prompts:
         return ()
     tokenizer = Tokenizer.from_file(str(prepared.tokenizer / "tokenizer.json"))
+    backward = strategy_name(options) == "right_to_left"
     return tuple(
         {
             "prompt": prompt,
+            "backward": backward,
             "text": continue_text(
                 model,
                 tokenizer,
@@ -282,7 +293,7 @@ def _samples(config: Config, world: World, prepared: Prepared, model: nn.Module)
                 window=config.batch.sequence_tokens,
                 end=prepared.special.end,
                 device=world.device.torch_device,
-                backward=strategy_name(options) == "right_to_left",
+                backward=backward,
             ),
         }
         for prompt in config.evaluate.prompts

@@ -1,7 +1,7 @@
 """What a run leaves in its folder for people and programs to read; written by the leader."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -25,15 +25,28 @@ def open_records(loop: Loop, *, display: bool = True, extra: Sequence[Tracker] =
     write_text(output / "config.yaml", yaml.safe_dump(config.tree(), sort_keys=False, allow_unicode=True, width=120))
     track = config.track if display else config.track.model_copy(update={"display": "none"})
     loop.trackers = open_trackers(output, track, info, extra=extra)
-    device = loop.parts.world.device
-    text = f"{loop.parts.precision} on {device.name}, {device.threads} thread(s) a rank"
+    text = f"{loop.parts.precision} on {info.machine}"
     if loop.step:
         loop.trackers.event("resume", f"continues from step {loop.step}; {text}", step=loop.step)
     else:
         loop.trackers.event("start", text, step=0)
-    if warning := loop.parts.loader.warning:
+    for warning in _warnings(loop.parts):
         loop.trackers.event("warning", warning, step=loop.step)
     return info
+
+
+def _warnings(parts: Parts) -> Iterator[str]:
+    """What a person should know of the data before the first step."""
+    statistics = parts.prepared.statistics
+    if statistics.quarantined:
+        yield f"{statistics.quarantined} row(s) of the data could not be used: {statistics.quarantine}"
+    if parts.dropped_tokens > 0.02 * statistics.tokens:
+        yield (
+            f"{parts.dropped_tokens:,} of {statistics.tokens:,} tokens stand in no row: pieces too short for one; "
+            "shorter sequences or another data.split use more"
+        )
+    if parts.loader.warning:
+        yield parts.loader.warning
 
 
 def run_info(parts: Parts, start_step: int) -> RunInfo:
@@ -50,6 +63,7 @@ def run_info(parts: Parts, start_step: int) -> RunInfo:
         precision=parts.precision,
         sync=strategy_name(config.sync),
         checkpoint_every=config.checkpoint.every,
+        machine=f"{parts.world.device.name}, {parts.world.device.threads} thread(s) a rank",
         mfu_formula=f"MFU = ({FLOPS_FORMULA}) x tokens/s / {parts.peak_flops_per_s / 1e9:,.0f} GFLOP/s, the "
         f"{parts.precision} matrix-product peak measured on {coordinates.global_ranks} rank(s) at the start",
     )

@@ -64,4 +64,5 @@ def global_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
     norms = torch._foreach_norm([local_part(gradient) for gradient in gradients])
-    return torch.linalg.vector_norm(torch.stack(norms).double()).cpu()
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).double()).cpu()
+    return norm

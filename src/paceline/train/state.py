@@ -10,7 +10,7 @@ from paceline.train.replica import ModuleReplica
 
 
 def tensors(model: nn.Module, replica: ModuleReplica) -> dict[str, TensorState]:
-    """Masters, frozen parameters, buffers that are state, and the optimizer's tensors; restoring fills the same ones."""
+    """Masters, frozen parameters, buffers that are state, and the optimizer's tensors; a restore fills them."""
     learned = {shard.name: shard.parameter for shard in replica.shards}
     state = {f"model/{name}": tensor_state(learned.get(name, p)) for name, p in model.named_parameters()}
     for name, buffer in _persistent_buffers(model):
@@ -42,6 +42,6 @@ def restore(model: nn.Module, replica: ModuleReplica, checkpoint: Checkpoint, la
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Buffers that are part of the state (running statistics, routing biases), not derived ones (rotary frequencies)."""
+    """Buffers that are state (running statistics, routing biases), not derived ones (rotary frequencies)."""
     saved = model.state_dict().keys()
     return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

@@ -28,7 +28,7 @@ class StepResult:
 def train_step(
     replica: ModuleReplica, sync: Sync, schedule: Accumulate, batches: Sequence[Batch], *, step: int, stop: bool
 ) -> StepResult:
-    """Run one step on this rank's micro-batches; ``NonFiniteError`` before the weights change if loss or gradient is bad.
+    """Run one step on this rank's micro-batches; ``NonFiniteError``, before the weights change, if it went bad.
 
     The loss is a sum; it is divided once, before the backward pass, by the targets of all replicas that share the step.
     """

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from paceline.checkpoint import Checkpoint, load, newest, steps
+from paceline.checkpoint import Checkpoint, Saved, check_space, load, newest, steps
 from paceline.comm.ranks import Coordinates
 from paceline.config import strategy_name
 from paceline.errors import CheckpointError, NonFiniteError
@@ -43,6 +44,10 @@ class Loop:
         self._hooks = hooks
         self._resume()
         parts.sync.start(parts.replica)
+        if parts.checkpointer:
+            # Weights and optimizer: the newest checkpoint stays while the next is written beside it.
+            floats = (1 + parts.optimizer_config.state_per_parameter) * parts.sizes.trainable
+            check_space(Path(parts.config.train.output) / "checkpoints", 2 * 4 * floats)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -57,6 +62,8 @@ class Loop:
             for hook in self._hooks:
                 hook(event)
             todo = after(config, self.step, stop)
+            if self.parts.checkpointer:
+                self._tell_saved(self.parts.checkpointer.poll())
             if self.trackers:
                 self.trackers.step(event.values())
             if todo.evaluate:
@@ -72,7 +79,12 @@ class Loop:
     def finish_saving(self) -> None:
         """Wait until the newest checkpoint is on disk; ``CheckpointError`` if it could not be written."""
         if self.parts.checkpointer:
-            self.parts.checkpointer.wait()
+            self._tell_saved(self.parts.checkpointer.wait())
+
+    def _tell_saved(self, saves: list[Saved]) -> None:
+        for saved in saves if self.trackers else ():
+            text = f"{saved.path} ({saved.rank_bytes / 2**20:.1f} MiB in {saved.write_s:.2f} s)"
+            self.trackers.event("checkpoint", text, step=saved.step)  # type: ignore[union-attr]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's state as transformers names it, parameters in fp32."""
@@ -90,23 +102,24 @@ class Loop:
         """Write a checkpoint of this step in the background; the replicas hold the same, so one writes."""
         if self.parts.checkpointer is None:
             return
+        self._tell_saved(self.parts.checkpointer.wait())
         self.parts.checkpointer.save(self.step, state.tensors(self.parts.model, self.parts.replica), self._values())
-        if self.trackers:
-            self.trackers.event("checkpoint", f"step {self.step}", step=self.step)
-
-    def close(self) -> None:
-        """Finish what runs in the background."""
-        self.parts.loader.close()
-        if self.parts.checkpointer:
-            self.parts.checkpointer.wait()
-        if self.trackers:
-            self.trackers.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish what runs in the background; an error of its own does not hide one on its way."""
+        with ExitStack() as stack:
+            if self.trackers:
+                stack.callback(self.trackers.close)
+            if self.parts.checkpointer:
+                stack.push(self.parts.checkpointer)
+            stack.callback(self.parts.loader.close)
+            if error is not None:
+                raise error
 
     def _one_step(self) -> tuple[StepEvent, bool]:
         parts, step = self.parts, self.step + 1
@@ -186,6 +199,7 @@ class Loop:
         return {
             "seed": config.seed,
             "data": self.parts.prepared.fingerprint,
+            "file_streams": self.parts.file_streams,
             "objective": strategy_name(config.objective),
             "optimizer": strategy_name(config.optimizer),
         }
@@ -208,4 +222,3 @@ def find(folder: Path, resume: str | int) -> Checkpoint | None:
         step = newest(folder)
         return None if step is None else load(folder, step)
     return load(folder, int(resume))
-

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from paceline.errors import WorkerError
 
@@ -26,7 +26,7 @@ class Member:
 
     index: int
     size: int
-    store: dist.Store
+    store: Store
 
 
 class Pool:
@@ -37,7 +37,7 @@ class Pool:
         self._context.set_forkserver_preload(PRELOAD)
         self._calls = itertools.count()
         self._workers = [self._start() for _ in range(size)]
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def run(self, function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
         """Call ``function(member, *arguments)`` on ``ranks`` workers at once; their results in the order of the ranks.
@@ -113,8 +113,8 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout_s))
-            value = function(Member(index, size, dist.PrefixStore(f"call/{call}", store)), *arguments)
+            store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout_s))
+            value = function(Member(index, size, PrefixStore(f"call/{call}", store)), *arguments)
             connection.send((True, value))
         except BaseException:
             connection.send((False, traceback.format_exc()))

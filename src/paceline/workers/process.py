@@ -1,5 +1,6 @@
 """A child process with a line to its parent: JSON messages both ways, a log file, and no life without the parent."""
 
+import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -12,7 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from paceline.errors import PacelineError
+from paceline import errors
+from paceline.errors import PacelineError, WorkerError
 
 Message = dict[str, Any]
 Main = Callable[["Line"], None]
@@ -26,10 +28,8 @@ class Line:
 
     def send(self, kind: str, **content: Any) -> None:
         """Send a message; a parent that is gone is ignored, for the child is about to be told."""
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send_bytes(json.dumps({"kind": kind, **content}).encode())
-        except (BrokenPipeError, ConnectionResetError):
-            pass
 
     def receive(self) -> Message:
         """Wait for the next message; ``EOFError`` when the other end is gone."""
@@ -58,6 +58,18 @@ class Child:
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name} (exit code {code})"
         return f"exit code {code}"
+
+
+def told_error(message: Message, log: Path) -> PacelineError:
+    """The error a child reported, as its own type where it was meant for the user, with the traceback if it has one."""
+    text = message["message"]
+    if not message["expected"]:
+        text = f"{text}. Its log: {log}"
+    if message["traceback"]:
+        text = f"{text}\n{message['traceback']}"
+    kind = getattr(errors, message["type"], WorkerError) if message["expected"] else WorkerError
+    error: PacelineError = kind(text)
+    return error
 
 
 def start_method() -> str:

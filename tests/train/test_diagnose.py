@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+
+from parity import objective, rows, tiny_llama
+
+from paceline.errors import NonFiniteElsewhere, NonFiniteError
+from paceline.train.diagnose import locate
+
+ERROR = NonFiniteError("loss is nan at step 7")
+
+
+def batches():
+    return [objective().batch(rows(1, 4), seed=0, step=1)]
+
+
+def found(model: nn.Module) -> NonFiniteError:
+    return locate(ERROR, model, objective(), batches(), "replica 0, rank 0")
+
+
+def test_the_first_output_is_named():
+    model = tiny_llama()
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: torch.full((4, 12, 16), float("inf"), dtype=torch.float64))
+    text = str(found(model))
+    assert text.startswith("loss is nan at step 7; it began in the output of model.layers.1.mlp (replica 0, rank 0")
+
+
+def test_a_bad_weight_is_named_before_what_follows_from_it():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
+    assert "began in the weight model.layers.0.self_attn.q_proj.weight" in str(found(model))
+
+
+def test_a_gradient_that_explodes_under_a_finite_loss_is_named():
+    model = tiny_llama()
+    model.model.norm.weight.register_hook(lambda g: g * float("inf"))
+    assert "began in gradient of model.norm.weight" in str(found(model))
+
+
+def test_a_rank_without_fault_says_so():
+    assert isinstance(found(tiny_llama()), NonFiniteElsewhere)
+
+
+def test_gradients_are_left_clean():
+    model = tiny_llama()
+    found(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_step_raises_before_the_weights_change(value):
+    from paceline.comm.link import LocalLink
+    from paceline.optim.sgd import SGD
+    from paceline.parallel.precision import Masters
+    from paceline.schedule.accumulate import Accumulate
+    from paceline.sync.all_reduce import AllReduce
+    from paceline.train.replica import ModuleReplica
+    from paceline.train.step import train_step
+
+    model = tiny_llama()
+    model.lm_head.register_forward_hook(lambda _m, _i, out: out * value)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(), 1.0)
+    sync = AllReduce().build(LocalLink())
+    sync.start(replica)
+    schedule = Accumulate(model, objective(), seed=0, device=torch.device("cpu"))
+    with pytest.raises(NonFiniteError, match="at step 3"):
+        train_step(replica, sync, schedule, batches(), step=3, stop=False)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
