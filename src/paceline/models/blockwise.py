@@ -1,9 +1,12 @@
 """Attention as plain batched matrix products, block by block, forward and backward.
 
-torch's own attention on CPUs computes bf16 products at a tenth of the speed of the matrix units. Here queries are taken
-some rows at a time; scores, probabilities and their products are matrix products in the tensors' own dtype (the softmax
-sums in fp32), and keys that no query of the block sees are left out: nearly half of them under a causal mask. The
-backward pass computes the probabilities again, so nothing of size Q x S is kept.
+torch's own attention on CPUs computes bf16 products at a fifth of the speed of the matrix units. Here queries are taken
+some rows at a time; scores, probabilities and their products are matrix products in the tensors' own dtype, and keys
+that no query of the block sees are left out: nearly half of them under a causal mask. The backward pass computes the
+probabilities again, so nothing of size Q x S is kept.
+
+Scores in 16 bits are rounded after the greatest of each query has been subtracted: those that count are then near 0,
+where rounding is finest. It takes the product twice, and makes the result as exact as one from fp32 scores.
 
 Shapes: B batch, N query heads, K key/value heads, G = N / K query heads of one key/value head, Q queries, S keys,
 H width of a query or key, V width of a value; in a block R rows of queries, C columns of keys, X = B x K matrices of
@@ -43,11 +46,10 @@ def attention(
     ``causal``: query i sees keys 0 to i only. ``softcap`` c: cap(x) = c tanh(x / c). ``dropout`` of the probabilities
     is drawn from torch's default generator. A query that sees no key gives 0.
     """
+    assert not causal or query_BNQH.shape[2] == key_BKSH.shape[2]
     seed = torch.randint(1 << 62, ()) if dropout > 0.0 else None
-    output: Tensor = _attention(
-        query_BNQH, key_BKSH, value_BKSV, bias, seed, causal, scale, softcap or 0.0, dropout
-    )
-    return output
+    output_BQNV, _ = _attention(query_BNQH, key_BKSH, value_BKSV, bias, seed, causal, scale, softcap or 0.0, dropout)
+    return output_BQNV
 
 
 # Operators of torch's own kind, opaque to torch.compile: what a block leaves out depends on the values of the bias.
@@ -62,14 +64,16 @@ def _attention(
     scale: float,
     softcap: float,
     dropout: float,
-) -> Tensor:
-    blocks = _Blocks(query, key, bias, seed, causal, scale, softcap, dropout)
+) -> tuple[Tensor, Tensor]:
+    """The output (B, Q, N, V) and, for the backward pass, the greatest score of each query (B, Q, N, 1)."""
+    blocks = _Blocks(query, key, bias, seed, None, causal, scale, softcap, dropout)
+    output_BQNV, greatest_BQN1 = _empty_outputs(query, value)
     value_XSV = value.flatten(0, 1)
-    output_BQNV = _empty_output(query, value)
     for block in blocks:
         output_XMV = torch.bmm(block.drop(block.probabilities_XMC), value_XSV[:, block.keys])
         blocks.put(output_BQNV, block.rows, output_XMV)
-    return output_BQNV
+        blocks.put(greatest_BQN1, block.rows, block.greatest_XM1)
+    return output_BQNV, greatest_BQN1
 
 
 @torch.library.custom_op("paceline::attention_backward", mutates_args=())
@@ -81,25 +85,24 @@ def _attention_backward(
     bias: Tensor | None,
     bias_learns: bool,
     seed: Tensor | None,
+    greatest_BQN1: Tensor,
     causal: bool,
     scale: float,
     softcap: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias (nothing in it unless ``bias_learns``)."""
-    blocks = _Blocks(query, key, bias, seed, causal, scale, softcap, dropout)
+    blocks = _Blocks(query, key, bias, seed, greatest_BQN1, causal, scale, softcap, dropout)
     grads = _empty_gradients(query, key, value, bias if bias_learns else None)
     grad_query, grad_key, grad_value, grad_bias = grads
-    key_XSH, value_XVS = key.flatten(0, 1), value.flatten(0, 1).mT.contiguous()
-    # Summed over blocks in fp32, and transposed: products whose result is C wide are faster than those H wide.
-    sums = {"dtype": torch.promote_types(query.dtype, torch.float32), "device": query.device}
-    grad_key_XHS = torch.zeros(key_XSH.mT.shape, **sums)
-    grad_value_XVS = torch.zeros(value_XVS.shape, **sums)
+    key_XSH, value_XSV = key.flatten(0, 1), value.flatten(0, 1)
+    sums = torch.promote_types(query.dtype, torch.float32)  # over blocks: rounding each to bf16 would lose bits
+    grad_key_XSH, grad_value_XSV = (torch.zeros_like(x, dtype=sums) for x in (key_XSH, value_XSV))
     grad_bias.zero_()
     for block in blocks:
-        grad_XMV = blocks.take(grad_BQNV.transpose(1, 2), block.rows)
-        grad_value_XVS[..., block.keys] += torch.bmm(grad_XMV.mT, block.drop(block.probabilities_XMC))
-        grad_XMC = block.drop(torch.bmm(grad_XMV, value_XVS[..., block.keys]))
+        grad_XMV = blocks.take(grad_BQNV, block.rows)
+        grad_value_XSV[:, block.keys] += torch.bmm(block.drop(block.probabilities_XMC).mT, grad_XMV)
+        grad_XMC = block.drop(torch.bmm(grad_XMV, value_XSV[:, block.keys].mT))
         grad_XMC = torch._softmax_backward_data(grad_XMC, block.probabilities_XMC, -1, grad_XMC.dtype)
         if bias_learns:
             place = grad_bias[..., block.rows, block.keys]
@@ -107,15 +110,15 @@ def _attention_backward(
         if block.tanh_XMC is not None:
             grad_XMC *= 1 - block.tanh_XMC**2
         blocks.put(grad_query.transpose(1, 2), block.rows, _product(grad_XMC, key_XSH[:, block.keys], scale))
-        grad_key_XHS[..., block.keys] += _product(block.query_XMH.mT, grad_XMC, scale)
-    grad_key.copy_(grad_key_XHS.mT.reshape(key.shape))
-    grad_value.copy_(grad_value_XVS.mT.reshape(value.shape))
+        grad_key_XSH[:, block.keys] += _product(grad_XMC.mT, block.query_XMH, scale)
+    grad_key.copy_(grad_key_XSH.view(key.shape))
+    grad_value.copy_(grad_value_XSV.view(value.shape))
     return grads
 
 
 @_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return _empty_output(query, value)
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(query, value)
 
 
 @_attention_backward.register_fake
@@ -125,24 +128,25 @@ def _(
     return _empty_gradients(query, key, value, bias if bias_learns else None)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[1])
     ctx.options = inputs[5:]
 
 
-def _differentiate(ctx: Any, grad_BQNV: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, bias, seed = ctx.saved_tensors
+def _differentiate(ctx: Any, grad_BQNV: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, bias, seed, greatest = ctx.saved_tensors
     learns = ctx.needs_input_grad[3]
-    *grads, grad_bias = _attention_backward(grad_BQNV, query, key, value, bias, learns, seed, *ctx.options)
+    *grads, grad_bias = _attention_backward(grad_BQNV, query, key, value, bias, learns, seed, greatest, *ctx.options)
     return *grads, grad_bias if learns else None, None, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
-def _empty_output(query_BNQH: Tensor, value_BKSV: Tensor) -> Tensor:
+def _empty_outputs(query_BNQH: Tensor, value_BKSV: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query_BNQH.shape
-    return query_BNQH.new_empty(batch, queries, heads, value_BKSV.shape[-1])
+    shape = batch, queries, heads
+    return query_BNQH.new_empty(*shape, value_BKSV.shape[-1]), query_BNQH.new_empty(*shape, 1)
 
 
 def _empty_gradients(
@@ -160,6 +164,8 @@ class _Block:
     rows: slice
     keys: slice
     query_XMH: Tensor
+    greatest_XM1: Tensor
+    """What was subtracted from the scores before they were rounded."""
     probabilities_XMC: Tensor
     tanh_XMC: Tensor | None
     """Of the scores over the cap."""
@@ -172,7 +178,7 @@ class _Block:
 
 
 class _Blocks:
-    """Iterates over the blocks of one attention, with the same probabilities and dropout every time.
+    """Iterates over the blocks of one attention: twice with equal results, if told the greatest scores of the first time.
 
     The query heads of one key/value head stand below each other in one matrix, so that no key is repeated.
     """
@@ -183,70 +189,68 @@ class _Blocks:
         key_BKSH: Tensor,
         bias: Tensor | None,
         seed: Tensor | None,
+        greatest_BQN1: Tensor | None,
         causal: bool,
         scale: float,
         softcap: float,
         dropout: float,
     ) -> None:
-        self._query_BNQH = query_BNQH
-        self._key_XHS = key_BKSH.flatten(0, 1).mT.contiguous()
-        self._batch, self._keys = key_BKSH.shape[:2]
+        self._query_BQNH = query_BNQH.transpose(1, 2)
+        self._key_XSH = key_BKSH.flatten(0, 1)
+        self._batch, self._heads = key_BKSH.shape[:2]
         self._bias = bias
         self._seed = seed
+        self._greatest_BQN1 = greatest_BQN1
         self._causal = causal
         self._scale = scale
         self._softcap = softcap
         self._dropout = dropout
 
-    def take(self, x_BNQE: Tensor, rows: slice) -> Tensor:
+    def take(self, x_BQNE: Tensor, rows: slice) -> Tensor:
         """Some rows of all heads as matrices: (X, M, E)."""
-        x_BKGRE = x_BNQE[:, :, rows].unflatten(1, (self._keys, -1))
-        return x_BKGRE.reshape(self._batch * self._keys, -1, x_BNQE.shape[-1])
-
-    def split(self, x_XME: Tensor, rows: slice) -> Tensor:
-        """The heads and rows of matrices apart: (B, K, G, R, E)."""
-        return x_XME.view(self._batch, self._keys, -1, rows.stop - rows.start, x_XME.shape[-1])
+        x_BRKGE = x_BQNE[:, rows].unflatten(2, (self._heads, -1))
+        return x_BRKGE.permute(0, 2, 3, 1, 4).reshape(len(self._key_XSH), -1, x_BQNE.shape[-1])
 
     def put(self, x_BQNE: Tensor, rows: slice, block_XME: Tensor) -> None:
         """Write matrices (X, M, E) to some rows of all heads."""
-        x_BRKGE = x_BQNE[:, rows].unflatten(2, (self._keys, -1))
+        x_BRKGE = x_BQNE[:, rows].unflatten(2, (self._heads, -1))
         x_BRKGE.copy_(self.split(block_XME, rows).permute(0, 3, 1, 2, 4))
+
+    def split(self, x_XME: Tensor, rows: slice) -> Tensor:
+        """The heads and rows of matrices apart: (B, K, G, R, E)."""
+        return x_XME.view(self._batch, self._heads, -1, rows.stop - rows.start, x_XME.shape[-1])
 
     def __iter__(self) -> Iterator[_Block]:
         generator = None
         if self._seed is not None:
-            generator = torch.Generator(self._query_BNQH.device).manual_seed(int(self._seed))
+            generator = torch.Generator(self._key_XSH.device).manual_seed(int(self._seed))
         seen_QS = None if self._bias is None else _sees(self._bias).flatten(0, 1).any(0)
-        for rows in self._rows():
-            keys = self._columns(rows, seen_QS)
-            yield self._block(rows, keys, generator)
+        batch, queries, heads, _ = self._query_BQNH.shape
+        keys = self._key_XSH.shape[1]
+        step = max(1, min(BLOCK_ROWS, BLOCK_SCORES // (batch * heads * keys)))
+        for begin in range(0, queries, step):
+            rows = slice(begin, min(begin + step, queries))
+            yield self._block(rows, self._range(rows, seen_QS), generator)
 
-    def _rows(self) -> Iterator[slice]:
-        _, heads, queries, _ = self._query_BNQH.shape
-        scores_of_row = self._batch * heads * self._key_XHS.shape[-1]
-        step = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, scores_of_row)))
-        return (slice(begin, min(begin + step, queries)) for begin in range(0, queries, step))
-
-    def _columns(self, rows: slice, seen_QS: Tensor | None) -> slice:
-        end = rows.stop if self._causal else self._key_XHS.shape[-1]
+    def _range(self, rows: slice, seen_QS: Tensor | None) -> slice:
+        """The keys that some query of ``rows`` sees; one where they see none."""
+        end = rows.stop if self._causal else self._key_XSH.shape[1]
         if seen_QS is None:
             return slice(0, end)
         seen = seen_QS[rows, :end].any(0).nonzero()
-        return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
+        return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 1)
 
     def _block(self, rows: slice, keys: slice, generator: torch.Generator | None) -> _Block:
-        query_XMH = self.take(self._query_BNQH, rows)
-        scores_XMC = _product(query_XMH, self._key_XHS[..., keys], self._scale)
+        query_XMH = self.take(self._query_BQNH, rows)
+        scores_XMC, greatest_XM1 = self._scores(query_XMH, rows, keys)
         tanh_XMC = None
         if self._softcap:
             tanh_XMC = scores_XMC.div_(self._softcap).tanh_()
             scores_XMC = tanh_XMC * self._softcap
-        scores_BKGRC = self.split(scores_XMC, rows)
-        blind = self._hide(scores_BKGRC, rows, keys)
-        probabilities_BKGRC = scores_BKGRC.softmax(-1)
+        blind = self._hide(self.split(scores_XMC, rows), rows, keys)
+        probabilities_XMC = scores_XMC.softmax(-1)
         if blind is not None:
-            probabilities_BKGRC.masked_fill_(blind, 0.0)
-        probabilities_XMC = probabilities_BKGRC.view_as(scores_XMC)
+            self.split(probabilities_XMC, rows).masked_fill_(blind, 0.0)
         keep_XMC = None
         if generator is not None:
             keep = 1.0 - self._dropout
@@ -255,15 +259,52 @@ class _Blocks:
             rows=rows,
             keys=keys,
             query_XMH=query_XMH,
+            greatest_XM1=greatest_XM1,
             probabilities_XMC=probabilities_XMC,
             tanh_XMC=tanh_XMC,
             keep_XMC=keep_XMC,
         )
 
+    def _scores(self, query_XMH: Tensor, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """Scores less the greatest of each query, and those; as they are, and 0, where rounding is fine or a cap follows."""
+        key_XHC = self._key_XSH[:, keys].mT
+        if query_XMH.dtype.itemsize > 2 or self._softcap:
+            return _product(query_XMH, key_XHC, self._scale), query_XMH.new_zeros(*query_XMH.shape[:2], 1)
+        if self._greatest_BQN1 is not None:
+            greatest_XM1 = self.take(self._greatest_BQN1, rows)
+        else:
+            greatest_XM1 = _product(query_XMH, key_XHC, self._scale).amax(-1, keepdim=True)
+        return torch.baddbmm(-greatest_XM1, query_XMH, key_XHC, alpha=self._scale), greatest_XM1
+
     def _hide(self, scores_BKGRC: Tensor, rows: slice, keys: slice) -> Tensor | None:
-        """Add the bias, and -inf to what is masked; returns which queries see no key, if there are any."""
+        """Add the bias, and -inf at hidden keys; returns the queries (B|1, K|1, G|1, R, 1) that see none, if any."""
         if self._causal:
-            ahead = keys.stop - rows.start
-            if ahead > 0: 
-                scores_BKGRC[..., -ahead:] += 0
-        return None
+            first = max(keys.start, rows.start)
+            position_R1 = torch.arange(rows.start, rows.stop, device=scores_BKGRC.device).unsqueeze(1)
+            past_RC = torch.arange(first, keys.stop, device=scores_BKGRC.device) <= position_R1
+            scores_BKGRC[..., first - keys.start :] += _added(past_RC, scores_BKGRC.dtype)
+        if self._bias is None:
+            return None
+        bias = self._bias[..., rows, keys]
+        bias = bias.unsqueeze(2) if bias.shape[1] == 1 else bias.unflatten(1, (self._heads, -1))
+        if bias.dtype is torch.bool and bias.all():
+            return None
+        scores_BKGRC += _added(bias, scores_BKGRC.dtype)
+        blind = ~_sees(scores_BKGRC if self._causal else bias).any(-1, keepdim=True)
+        return blind if blind.any() else None
+
+
+def _added(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Truth values as numbers to add: adding them is faster than filling by a mask."""
+    if bias.dtype is not torch.bool:
+        return bias
+    return torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill_(~bias, HIDDEN)
+
+
+def _sees(bias: Tensor) -> Tensor:
+    return bias if bias.dtype is torch.bool else bias != HIDDEN
+
+
+def _product(a_XMK: Tensor, b_XKC: Tensor, scale: float) -> Tensor:
+    """scale x a b: the scale costs nothing inside the product."""
+    return torch.baddbmm(a_XMK.new_empty(1, 1, 1), a_XMK, b_XKC, beta=0, alpha=scale)

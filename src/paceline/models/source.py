@@ -14,6 +14,7 @@ from torch import nn
 
 from paceline.config import ModelConfig
 from paceline.errors import ConfigError, ModelError
+from paceline.models import attention
 from paceline.models import settings as checked
 from paceline.models.heads import Head, auto_class, is_encoder, require_head
 from paceline.models.initialise import materialise
@@ -138,14 +139,16 @@ class ModelSource:
         """
         config = self.hugging_face_config()
         require_head(self.family, self.head)
-        attention = self._attention()
+        implementation = self._attention()
         try:
             with torch.device("meta"):
-                model = auto_class(self.head).from_config(config, dtype=torch.float32, attn_implementation=attention)
+                model = auto_class(self.head).from_config(config, dtype=torch.float32, attn_implementation=implementation)
         except Exception as error:  # each family raises what it likes
             raise ModelError(
                 f"model family {self.family!r} refuses this config: {' '.join(str(error).split())}"
             ) from error
+        if self.attention == attention.MATMUL:
+            attention.check(model)
         return model.train()  # type: ignore[no-any-return]
 
     def build(self, seed: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -161,6 +164,8 @@ class ModelSource:
             require_head(self.family, self.head)
             config = self.hugging_face_config()
             model = load(self.folder, self.head, config, seed=seed, attention=self._attention())
+            if self.attention == attention.MATMUL:
+                attention.check(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         return model.to(device)
@@ -171,6 +176,7 @@ class ModelSource:
             return None
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+        attention.register()
         known = ["auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
         if self.attention not in known:
             raise ConfigError(f"model.attention={self.attention!r}: {unknown(self.attention, known)}")

@@ -22,6 +22,7 @@ from paceline.data.rows import Rows
 from paceline.errors import PlanError
 from paceline.evaluate.held_out import HeldOut, Sample, tokens_per_byte
 from paceline.evaluate.sample import continue_text
+from paceline.models.attention import choose
 from paceline.models.describe import describe
 from paceline.models.source import ModelSource
 from paceline.objectives.base import Objective, ObjectiveContext, ObjectiveOptions
@@ -149,10 +150,13 @@ def assemble(
     sizes = model_sizes(model, prepared.special.vocabulary)
     model.to(device.torch_device).train()
     objective = objective or options.build(context)
+    precision = resolve_precision(config.precision, device.has_bf16_units)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if source and source.attention == "auto":
+        choose(model, dtype=dtype, device=device.torch_device)
     if config.data.isolate_documents and source:
         check_isolation(model, options, context)
-    precision = resolve_precision(config.precision, device.has_bf16_units)
-    masters = Masters(model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    masters = Masters(model, dtype)
     if config.layout.recompute == "full":
         recompute_full(model)
     if config.train.compile:
@@ -178,7 +182,7 @@ def assemble(
         dropped_tokens=sum(part.dropped_tokens for part in train_rows),
         file_streams=order.streams if isinstance(order, FileOrder) else None,
         peak_flops_per_s=coordinates.global_ranks
-        * matmul_flops_per_s(device, torch.bfloat16 if precision == "bf16" else torch.float32),
+        * matmul_flops_per_s(device, dtype),
     )
 
 
