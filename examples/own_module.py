@@ -1,7 +1,7 @@
 """Train a module of your own in your own loop: data order, mixed precision, replicas and checkpoints come with it.
 
-    python examples/own_module.py                                  one process
-    torchrun --nproc-per-node 2 examples/own_module.py replicas=2  two replicas that share each batch
+python examples/own_module.py                                  one process
+torchrun --nproc-per-node 2 examples/own_module.py replicas=2  two replicas that share each batch
 """
 
 import sys

@@ -66,9 +66,7 @@ def paceline(folder: Path, *arguments: str, environment: Mapping[str, str] | Non
     return Command(folder, *arguments, environment=environment).end()
 
 
-def _main(
-    folder: Path, arguments: tuple[str, ...], out: Path, err: Path, environment: dict[str, str]
-) -> None:
+def _main(folder: Path, arguments: tuple[str, ...], out: Path, err: Path, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from paceline.comm import link
+from paceline.config import choose
 from paceline.data.rows import Row
 from paceline.data.tokenizer import SpecialTokens
 from paceline.objectives.base import Objective, ObjectiveContext
 from paceline.objectives.next_token import NextToken
 from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
+from paceline.registry import SYNCS
 from paceline.schedule.accumulate import Accumulate
-from paceline.sync.all_reduce import AllReduce
 from paceline.train.replica import ModuleReplica
 from paceline.train.step import train_step
 from paceline.workers.pool import Member
@@ -80,7 +81,7 @@ def train(
     sequences: int = 7,
     micro: int = 4,
     clip_norm: float | None = None,
-    bucket_mib: float = 0.002,
+    sync: dict[str, object] | None = None,
     freeze: str | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, object]:
@@ -91,8 +92,8 @@ def train(
     if freeze:
         model.get_parameter(freeze).requires_grad_(False)
     replica = ModuleReplica(Masters(model, dtype), SGD(lr=0.3), clip_norm)
-    sync = AllReduce(bucket_mib=bucket_mib).build(between)
-    sync.start(replica)
+    strategy = choose(SYNCS, sync or {"name": "all_reduce", "bucket_mib": 0.002}).build(between)  # type: ignore[attr-defined]
+    strategy.start(replica)
     goal = objective()
     schedule = Accumulate(model, goal, seed=0, device=CPU)
     losses, norms = [], []
@@ -100,7 +101,7 @@ def train(
         batches = [
             goal.batch(micro_rows, seed=0, step=step) for micro_rows in share(step, sequences, index, size, micro)
         ]
-        result = train_step(replica, sync, schedule, batches, step=step, stop=False)
+        result = train_step(replica, strategy, schedule, batches, step=step, stop=False)
         losses.append(result.loss)
         norms.append(result.gradient_norm)
     weights = {shard.name: shard.local.clone() for shard in replica.shards}

@@ -22,11 +22,11 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_not_bool), Field(gt=0)]
-Natural = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
+Count = Annotated[int, Field(gt=0), BeforeValidator(_not_bool)]
+Natural = Annotated[int, Field(ge=0), BeforeValidator(_not_bool)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
+Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_not_bool)]
 
 
 class Options(BaseModel):
@@ -39,8 +39,11 @@ class ModelConfig(Options):
     """Which model: exactly one of ``config`` (a Hugging Face config as a map), ``preset`` or ``path``."""
 
     config: dict[str, Any] | None = None
+    """Fields of the family's config in transformers, with its ``model_type``; weights start from random values."""
     preset: str | None = None
+    """A named model of ours, such as ``llama-5m``; weights start from random values."""
     path: str | None = None
+    """A folder with a Hugging Face model and its weights, or a name on the hub."""
     attention: str = "auto"
     """``auto``, ``matmul`` (ours, uses the matrix units of CPUs), or any implementation transformers knows (``sdpa``,
     ``eager``, ...)."""
@@ -74,6 +77,7 @@ class DataConfig(Options):
     field: str = "text"
     """The column of JSON lines, CSV and Parquet that holds the text."""
     held_out: Fraction = 0.01
+    """Share of the documents, chosen by a hash of their text, that is measured on and never trained on."""
     tokenizer: str | None = None
     """A folder or hub name; default: the model's own, or a byte-level BPE trained on the data."""
     vocabulary: Count | None = None
@@ -100,7 +104,9 @@ class BatchConfig(Options):
     """The batch of one step, over all ranks."""
 
     sequences: Count = 8
+    """Sequences of one step, over all ranks."""
     sequence_tokens: Count = 512
+    """Tokens of one sequence."""
     micro: Count | None = None
     """Sequences of one forward pass per data-parallel rank; default: all of the rank's share at once."""
 
@@ -109,10 +115,15 @@ class LayoutConfig(Options):
     """How one replica's computation is cut over its own ranks."""
 
     shard: Count = 1
+    """Ranks that share the states of one replica (ZeRO); only 1 in this version."""
     tensor: Count = 1
+    """Ranks that share each matrix; only 1 in this version."""
     pipeline: Count = 1
+    """Stages of blocks; only 1 in this version."""
     context: Count = 1
+    """Ranks that share each sequence; only 1 in this version."""
     expert: Count = 1
+    """Ranks that share the experts of a mixture; only 1 in this version."""
     recompute: Literal["none", "full"] = "none"
     """Activation recompute: ``full`` keeps only the input of each block and computes the rest again in the backward."""
 
@@ -121,12 +132,14 @@ class TrainConfig(Options):
     """How long, and where the results go."""
 
     steps: Count
+    """Steps of the whole run; a run that is continued goes on to this one."""
     output: str = "runs/run"
+    """The run's folder."""
     clip_norm: Positive | None = 1.0
     """Global gradient norm above which gradients are scaled down; null switches clipping off."""
     compile: bool = False
     """Compile each block with torch.compile."""
-    port: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=65536)] = 0
+    port: Annotated[int, Field(ge=0, lt=65536), BeforeValidator(_not_bool)] = 0
     """TCP port of the rendezvous store on this machine; 0 takes a free one."""
 
 
@@ -154,12 +167,14 @@ class EvaluateConfig(Options):
     prompts: tuple[str, ...] = ()
     """Continued by the model at every evaluation; the texts stand in the report."""
     sample_tokens: Count = 64
+    """Tokens written after each prompt."""
 
 
 class TrackConfig(Options):
     """Where metrics go besides ``metrics.jsonl``."""
 
     tensorboard: bool = True
+    """Write event files for TensorBoard into the run's folder."""
     display: Literal["auto", "live", "plain", "none"] = "auto"
     """``auto``: live on a terminal, plain lines elsewhere."""
 
@@ -178,12 +193,14 @@ class Config(Options):
     batch: BatchConfig = BatchConfig()
     layout: LayoutConfig = LayoutConfig()
     replicas: Count = 1
+    """Copies of the model that share each batch."""
     sync: SerializeAsAny[Options]
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
     seed: Natural = 0
+    """Of the initial weights, the data order, and everything else that is drawn."""
 
     @classmethod
     def parse(cls, tree: Mapping[str, Any]) -> Self:

@@ -53,7 +53,10 @@ OVERRIDES = {
     "glob that matches nothing": (["data.source=texts/*.md"], "texts/*.md"),
     "unknown step to resume": (["checkpoint.resume=7"], "no checkpoint of step 7"),
     "vocabulary too small": (["model.config.vocab_size=100"], "100"),
-    "too little text": (["batch.sequence_tokens=64", "data.source=short.txt"], "fewer than the 65 that one sequence takes"),
+    "too little text": (
+        ["batch.sequence_tokens=64", "data.source=short.txt"],
+        "fewer than the 65 that one sequence takes",
+    ),
     "empty data": (["data.source=empty.txt"], "empty.txt"),
     "binary data": (["data.source=binary.txt"], "binary.txt"),
     "no such column": (["data={source: rows.jsonl, field: body}"], "body"),

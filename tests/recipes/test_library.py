@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from commands import metrics, tiny_config, write_texts
-
 import paceline
+from commands import metrics, tiny_config, write_texts
 from paceline.config import read_tree
 from paceline.errors import PlanError
 
@@ -70,7 +69,7 @@ def test_replicas_need_processes(config):
 
 
 def test_a_model_is_needed(config):
-    with pytest.raises(PlanError, match="set model.config, model.preset or model.path, or pass a module"):
+    with pytest.raises(PlanError, match=r"set model\.config, model\.preset or model\.path, or pass a module"):
         paceline.Trainer(config)
 
 

@@ -8,9 +8,8 @@ import pytest
 import yaml
 
 from commands import Command, metrics, paceline, tiny_config, write_texts
-from tolerances import FP32_GRADIENT
-
 from paceline.config import read
+from tolerances import FP32_GRADIENT
 
 LOSSY = ("tokens_per_s", "mfu", "step_s", "data_wait_s", "memory_bytes", "time")
 
@@ -207,7 +206,9 @@ def test_two_runs_in_one_folder_are_refused(folder):
     command = Command(folder, "train", str(config))
     until_step(command, folder / "run", 1)
     (folder / "second").mkdir()
-    second = paceline(folder / "second", "train", str(config), f"train.output={folder}/run", f"data.source={folder}/texts")
+    second = paceline(
+        folder / "second", "train", str(config), f"train.output={folder}/run", f"data.source={folder}/texts"
+    )
     command.signal(signal.SIGTERM)
     command.end()
     assert second.status == 2 and f"in use by another run (process {command.pid})" in second.err

@@ -2,10 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from parity import objective, rows, tiny_llama
-
 from paceline.errors import NonFiniteElsewhere, NonFiniteError
 from paceline.train.diagnose import locate
+from parity import objective, rows, tiny_llama
 
 ERROR = NonFiniteError("loss is nan at step 7")
 
@@ -20,7 +19,9 @@ def found(model: nn.Module) -> NonFiniteError:
 
 def test_the_first_output_is_named():
     model = tiny_llama()
-    model.model.layers[1].mlp.register_forward_hook(lambda *_: torch.full((4, 12, 16), float("inf"), dtype=torch.float64))
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda *_: torch.full((4, 12, 16), float("inf"), dtype=torch.float64)
+    )
     text = str(found(model))
     assert text.startswith("loss is nan at step 7; it began in the output of model.layers.1.mlp (replica 0, rank 0")
 

@@ -19,6 +19,8 @@ from paceline.models.heads import auto_class
 from paceline.models.source import ModelSource
 
 SHARD_BYTES = 5_000_000_000
+PROBES = (" a  b\n\n\tc", "x=1234567; y_z(3.14)", "I'LL don't", "na\u00efve \u4e2d\u6587 e\u0301")
+"""Texts on which the ways to split differ: spaces, numbers, apostrophes, scripts, unnormalised letters."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -139,3 +141,21 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = {auto}.from_pretrained("{name}")
 ```
 """
+
+
+def reads_as_trained(folder: Path) -> bool:
+    """Whether ``AutoTokenizer`` splits text as the exported ``tokenizer.json`` does.
+
+    For a few families (qwen2 among them) transformers 5.23 rebuilds the family's own splitting, whatever the file says.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return True
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return all(
+        own.encode(text, add_special_tokens=False).ids == loaded(text, add_special_tokens=False).input_ids
+        for text in PROBES
+    )

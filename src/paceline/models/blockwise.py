@@ -153,7 +153,9 @@ def _empty_gradients(
     query_BNQH: Tensor, key_BKSH: Tensor, value_BKSV: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The heads of one position lie together in memory, as the projections before them read it."""
-    query, key, value = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query_BNQH, key_BKSH, value_BKSV))
+    query, key, value = (
+        x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query_BNQH, key_BKSH, value_BKSV)
+    )
     return query, key, value, query.new_empty(0) if bias is None else torch.empty_like(bias)
 
 

@@ -142,7 +142,9 @@ class ModelSource:
         implementation = self._attention()
         try:
             with torch.device("meta"):
-                model = auto_class(self.head).from_config(config, dtype=torch.float32, attn_implementation=implementation)
+                model = auto_class(self.head).from_config(
+                    config, dtype=torch.float32, attn_implementation=implementation
+                )
         except Exception as error:  # each family raises what it likes
             raise ModelError(
                 f"model family {self.family!r} refuses this config: {' '.join(str(error).split())}"

@@ -14,8 +14,11 @@ class AdamW(Options):
     """Adam with decoupled weight decay."""
 
     lr: Positive = 3.0e-4
+    """The peak rate; the schedule multiplies it by a factor."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay of the averages of the gradient and of its square, per step."""
     eps: Positive = 1e-8
+    """Added to the root of the average square."""
     weight_decay: NonNegative = 0.1
     """For matrices; norms and biases never decay."""
 

@@ -11,7 +11,7 @@ class OptimizerConfig(Protocol):
     """The frozen config class of an optimizer."""
 
     lr: float
-    """The peak rate; the schedule multiplies it by a factor in [0, 1]."""
+    """The peak rate; the schedule multiplies it by a factor."""
     state_per_parameter: int
     """Tensors like the parameter that the optimizer keeps."""
 

@@ -7,6 +7,7 @@ class Constant(Options):
     """The peak rate, after a linear rise if asked."""
 
     warmup_steps: Natural = 0
+    """Steps of the rise from 0; none by default."""
 
     def factor(self, step: int, steps: int) -> float:
         """What the peak rate is multiplied by in step ``step`` (1-based) of ``steps``."""

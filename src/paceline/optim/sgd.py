@@ -14,9 +14,13 @@ class SGD(Options):
     """Plain, momentum or Nesterov SGD, as torch defines them."""
 
     lr: Positive = 0.1
+    """The peak rate; the schedule multiplies it by a factor."""
     momentum: Fraction = 0.0
+    """Share of the last update that is kept."""
     nesterov: bool = False
+    """Look ahead along the momentum; needs momentum above 0."""
     weight_decay: NonNegative = 0.0
+    """Added to the gradient, for matrices only."""
 
     state_per_parameter: ClassVar[int] = 1
 

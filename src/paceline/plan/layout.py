@@ -11,6 +11,6 @@ def ranks_per_replica(layout: LayoutConfig) -> int:
     asked = [f"layout.{axis}={size}" for axis in AXES if (size := getattr(layout, axis)) > 1]
     if asked:
         raise PlanError(
-            f"{', '.join(asked)}: this version runs a whole replica on one rank. Use 1, and share the work by replicas=N."
+            f"{', '.join(asked)}: this version runs a whole replica on one rank. Use 1, and share work by replicas=N."
         )
     return 1

@@ -211,6 +211,12 @@ def _leave_results(loop: Loop) -> None:
     if loop.parts.source is not None:
         hugging_face.write(output / "export", loop.weights(), loop.parts.source, loop.parts.prepared.tokenizer)
         loop.trackers.event("export", str(output / "export"), step=loop.step)
+        if not hugging_face.reads_as_trained(output / "export"):
+            text = (
+                f"transformers' AutoTokenizer splits text otherwise for {loop.parts.source.family} models than in "
+                f"training; load PreTrainedTokenizerFast.from_pretrained({str(output / 'export')!r}) instead"
+            )
+            loop.trackers.event("warning", text, step=loop.step)
     if loop.step == config.train.steps:
         loop.trackers.event("done", f"{loop.step} steps", step=loop.step)
     write_report(output)

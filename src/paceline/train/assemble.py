@@ -154,7 +154,7 @@ def assemble(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if source and source.attention == "auto":
         choose(model, dtype=dtype, device=device.torch_device)
-    if config.data.isolate_documents and source:
+    if config.data.isolate_documents:
         check_isolation(model, options, context)
     masters = Masters(model, dtype)
     if config.layout.recompute == "full":
@@ -181,8 +181,7 @@ def assemble(
         checkpointer=_checkpointer(config, world),
         dropped_tokens=sum(part.dropped_tokens for part in train_rows),
         file_streams=order.streams if isinstance(order, FileOrder) else None,
-        peak_flops_per_s=coordinates.global_ranks
-        * matmul_flops_per_s(device, dtype),
+        peak_flops_per_s=coordinates.global_ranks * matmul_flops_per_s(device, dtype),
     )
 
 
@@ -325,6 +324,6 @@ def check_positions(source: ModelSource, sequence_tokens: int) -> None:
     limit = source.max_positions
     if limit is not None and sequence_tokens > limit:
         raise PlanError(
-            f"batch.sequence_tokens={sequence_tokens} is more than the model's {limit} positions. Use {limit} or fewer, "
-            "or set model.config.max_position_embeddings."
+            f"batch.sequence_tokens={sequence_tokens} is more than the model's {limit} positions. "
+            f"Use {limit} or fewer, or set model.config.max_position_embeddings."
         )

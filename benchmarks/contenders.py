@@ -1,0 +1,245 @@
+"""One contender of ``throughput.py``: trains the bench model in this process for a number of steps and writes down times.
+
+Started anew for every measurement, by itself or as a rank of torchrun. All contenders start from the same weights, read
+the same token file, and run the same optimizer; each is timed by the same clock, which ticks after every step.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SEQUENCE_TOKENS = 512
+SEQUENCES = 8
+VOCABULARY = 8192
+SEED = 0
+LEARNING_RATE = 3.0e-4
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+CLIP_NORM = 1.0
+MODEL: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+DATA: dict[str, Any] = {"source": "python-docs"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a contender runs."""
+
+    program: str
+    """``paceline``, ``trainer`` (transformers.Trainer) or ``loop`` (a loop as people write it by hand)."""
+    bf16: bool = True
+    compiled: bool = False
+    processes: int = 1
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is paceline and not a peer."""
+        return self.program == "paceline"
+
+
+SETTINGS: dict[str, Setting] = {
+    "paceline": Setting(program="paceline"),
+    "paceline-compiled": Setting(program="paceline", compiled=True),
+    "paceline-2p": Setting(program="paceline", processes=2),
+    "paceline-2p-compiled": Setting(program="paceline", processes=2, compiled=True),
+    "trainer-fp32": Setting(program="trainer", bf16=False),
+    "trainer": Setting(program="trainer"),
+    "trainer-compiled": Setting(program="trainer", compiled=True),
+    "trainer-2p": Setting(program="trainer", processes=2),
+    "trainer-2p-compiled": Setting(program="trainer", processes=2, compiled=True),
+    "loop": Setting(program="loop"),
+    "loop-compiled": Setting(program="loop", compiled=True),
+}
+
+
+def config(output: str, *, steps: int, setting: Setting) -> dict[str, Any]:
+    """The paceline config of the bench; the peers take model and data from it."""
+    return {
+        "model": {"config": MODEL},
+        "data": DATA,
+        "batch": {"sequences": SEQUENCES, "sequence_tokens": SEQUENCE_TOKENS},
+        "optimizer": {"name": "adamw", "lr": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY},
+        "schedule": "constant",
+        "precision": "bf16" if setting.bf16 else "fp32",
+        "replicas": setting.processes,
+        "train": {"steps": steps, "output": output, "clip_norm": CLIP_NORM, "compile": setting.compiled},
+        "track": {"display": "none", "tensorboard": False},
+        "seed": SEED,
+    }
+
+
+class Clock:
+    """Remembers when each step ended, and how much memory the process had before the first."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+        self._before_bytes = _status_bytes("VmRSS")
+
+    def tick(self) -> None:
+        """A step has ended."""
+        self.ends.append(time.perf_counter())
+
+    def peak_bytes(self) -> int:
+        """The most resident memory since the clock was made, above what there was then."""
+        return _status_bytes("VmHWM") - self._before_bytes
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)
+
+
+def run_paceline(setting: Setting, steps: int, output: Path) -> tuple[Clock, float]:
+    """Through the library's own Trainer, with its defaults."""
+    import paceline
+
+    for module in ("paceline.train.trainer", "transformers.models.llama.modeling_llama", "torch.distributed.tensor"):
+        importlib.import_module(module)
+    clock = Clock()
+    losses = []
+    # One step more than is taken: the checkpoint at the end of a run is no part of a step, and no peer writes one.
+    with paceline.Trainer(config(str(output), steps=steps + 1, setting=setting), say=lambda _: None) as trainer:
+        for event in trainer.steps():
+            clock.tick()
+            losses.append(event.loss)
+            if event.step == steps:
+                break
+        return clock, sum(losses) / steps
+
+
+def run_trainer(setting: Setting, steps: int, output: Path) -> tuple[Clock, float]:
+    """transformers.Trainer, without logging, evaluation or saving."""
+    import transformers
+
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    importlib.import_module("accelerate")
+
+    class Tick(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.tick()
+
+    dataset, model = rows_and_model()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=SEQUENCES // setting.processes,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=CLIP_NORM,
+        optim="adamw_torch_fused",
+        bf16=setting.bf16,
+        torch_compile=setting.compiled,
+        ddp_backend="gloo",
+        use_cpu=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=SEED,
+    )
+    clock = Clock()
+    trainer = transformers.Trainer(model=model(), args=arguments, train_dataset=dataset, callbacks=[Tick()])
+    return clock, trainer.train().training_loss
+
+
+def run_loop(setting: Setting, steps: int, output: Path) -> tuple[Clock, float]:
+    """Mixed precision as torch's documentation shows it: fp32 weights under autocast."""
+    dataset, model_of = rows_and_model()
+    clock = Clock()
+    model = model_of()
+    forward: Callable[..., Any] = torch.compile(model) if setting.compiled else model
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    generator = torch.Generator().manual_seed(SEED)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=SEQUENCES, shuffle=True, generator=generator)
+    total = 0.0
+    for _, batch in zip(range(steps), loader, strict=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+            loss = forward(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        total += loss.item()
+        clock.tick()
+    return clock, total / steps
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The tokens of the cache in rows of a sequence."""
+
+    def __init__(self, tokens: Any) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens) // SEQUENCE_TOKENS
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = torch.from_numpy(self._tokens[index * SEQUENCE_TOKENS :][:SEQUENCE_TOKENS].astype("int64"))
+        return {"input_ids": row, "labels": row}
+
+
+def rows_and_model() -> tuple[Rows, Callable[[], Any]]:
+    """What the peers train on: paceline's token file, and its model with the weights it starts from."""
+    from paceline.config import Config
+    from paceline.train.assemble import prepare_data, resolve_model
+
+    parsed = Config.parse(config("", steps=1, setting=SETTINGS["trainer"]))
+    source = resolve_model(parsed)
+    assert source is not None
+    prepared = prepare_data(parsed, source, say=lambda _: None)
+
+    def model() -> Any:
+        built: Any = source.build(SEED)
+        built.config.use_cache = False
+        return built
+
+    return Rows(prepared.train[0].tokens), model
+
+
+PROGRAMS = {"paceline": run_paceline, "trainer": run_trainer, "loop": run_loop}
+
+
+def main() -> None:
+    """Run one setting and leave ``rank-R.json`` in the folder."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    setting = SETTINGS[arguments.setting]
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    clock, loss = PROGRAMS[setting.program](setting, arguments.steps, arguments.folder / "run")
+    result = {"ends": clock.ends, "peak_bytes": clock.peak_bytes(), "loss": loss}
+    (arguments.folder / f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
