@@ -151,7 +151,7 @@ def run_trainer(setting: Setting, steps: int, output: Path) -> tuple[Clock, floa
         optim="adamw_torch_fused",
         bf16=setting.bf16,
         torch_compile=setting.compiled,
-        ddp_backend="gloo",
+        ddp_backend="gloo" if setting.processes > 1 else None,
         use_cpu=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,

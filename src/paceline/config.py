@@ -32,7 +32,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_not_bool)]
 class Options(BaseModel):
     """Base of every part of a config: frozen, keyword-only, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class ModelConfig(Options):

@@ -58,8 +58,8 @@ def claim(coordinates: Coordinates) -> Device:
 def _keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one.
 
-    By default it gives large blocks back to the kernel, and every step faults them in again page by page: a sixth of the
-    time of a small model's step. Other C libraries have no such switch.
+    By default it gives large blocks back to the kernel, and every step faults them in again page by page: a sixth of
+    the time of a small model's step. Other C libraries have no such switch.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

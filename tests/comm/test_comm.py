@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from paceline.comm.device import Device, claim, cores, cpu_has_bf16_units, matmul_flops_per_s
+from paceline.comm.link import LocalLink, all_reduce_bytes
+from paceline.comm.ranks import ALONE, Coordinates
+from paceline.comm.world import Rendezvous, join
+from paceline.errors import LinkError, PlanError
+
+
+def test_ranks_of_a_replica_are_neighbours():
+    places = [Coordinates.of(r, replicas=3, ranks=2, local_rank=r, local_ranks=6) for r in range(6)]
+    assert [(p.replica, p.rank) for p in places] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [p.global_rank for p in places] == list(range(6)) and places[0].global_ranks == 6
+    assert [p.is_leader for p in places] == [True] + [False] * 5
+    assert [p.is_replica_leader for p in places] == [True, False] * 3
+
+
+def test_the_processor_is_claimed_with_its_share_of_cores():
+    device = claim(ALONE)
+    assert device.torch_device == torch.device("cpu") and device.backend == "gloo"
+    assert device.threads == torch.get_num_threads() == 1  # OMP_NUM_THREADS of the tests
+    assert device.best_dtype == (torch.bfloat16 if cpu_has_bf16_units() else torch.float32)
+    assert cores() >= 1 and device.name
+
+
+def test_the_measured_peak_is_a_speed():
+    device = Device(torch_device=torch.device("cpu"), backend="gloo", name="x", has_bf16_units=False, threads=1)
+    assert 1e8 < matmul_flops_per_s(device, torch.float32, size=128, seconds=0.01) < 1e15
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, 0), (2, 1000), (4, 1500)])
+def test_ring_bytes(size, expected):
+    assert all_reduce_bytes(1000, size) == expected
+
+
+def test_a_link_to_nobody_sends_nothing():
+    tensor = torch.ones(3)
+    LocalLink().all_reduce(tensor).wait()
+    LocalLink().broadcast(tensor).wait()
+    assert torch.equal(tensor, torch.ones(3)) and LocalLink().sent_bytes == 0
+
+
+def test_a_single_process_joins_without_a_store():
+    with join(ALONE, claim(ALONE), None) as world:
+        assert isinstance(world.link, LocalLink) and world.store is None
+
+
+def test_a_store_nobody_hosts_is_a_link_error():
+    with pytest.raises(LinkError, match="does not answer"):
+        Rendezvous(port=1, timeout_s=1.0).connect()
+
+
+def test_a_port_can_be_hosted_once():
+    store = Rendezvous().host_store()
+    with pytest.raises(PlanError, match=rf"train.port={store.port} cannot be opened"):
+        Rendezvous(port=store.port).host_store()

@@ -1,0 +1,90 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from commands import paceline, tiny_config, write_texts
+from paceline.config import read
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run in it."""
+    made = tmp_path_factory.mktemp("commands")
+    write_texts(made)
+    assert paceline(made, "train", str(tiny_config(made))).status == 0
+    return made
+
+
+def test_init_writes_a_config_that_can_be_planned(folder):
+    assert paceline(folder, "init", "new.yaml", "--json").json() == {"path": "new.yaml"}
+    text = (folder / "new.yaml").read_text()
+    assert read(folder / "new.yaml").replicas == 2
+    assert all("#" in line for line in text.splitlines() if line.startswith(("model", "data", "batch", "replicas")))
+    ended = paceline(folder, "train", "new.yaml", "--dry-run")
+    assert ended.status == 0 and "2 rank(s)" in ended.out
+
+
+def test_schema_describes_every_key_and_strategy(folder):
+    whole = json.loads(paceline(folder, "schema").out)
+    assert json.loads(paceline(folder, "schema", "--json").out.splitlines()[-1]) == whole
+    assert whole["properties"]["sync"]["anyOf"][0] == {"enum": ["all_reduce"]}
+    batch = whole["$defs"]["BatchConfig"]["properties"]
+    assert batch["sequences"]["exclusiveMinimum"] == 0 and batch["sequences"]["description"]
+
+
+def test_generate_streams_and_repeats_itself_for_a_seed(folder):
+    one = paceline(folder, "generate", "run", "The oak", "--tokens", "8", "--json")
+    assert one.status == 0, one
+    assert one.json()["prompt"] == "The oak"
+    again = paceline(folder, "generate", "run", "The oak", "--tokens", "8")
+    assert again.out.strip("\n") == one.json()["text"].strip("\n")
+    greedy = [paceline(folder, "generate", "run/export", "The", "--temperature", "0", "--seed", s).out for s in "12"]
+    assert greedy[0] == greedy[1]
+
+
+def test_generate_refuses_what_does_not_write(folder):
+    bert = {"model_type": "bert", "vocab_size": 400, "hidden_size": 16, "intermediate_size": 32}
+    bert |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    config = tiny_config(folder, objective="masked", train={"output": "bert"})
+    ended = paceline(folder, "train", str(config), f"model={json.dumps({'config': bert})}")
+    assert ended.status == 0, ended
+    ended = paceline(folder, "generate", "bert", "The")
+    assert ended.status == 1 and "does not continue text" in ended.err and "Traceback" not in ended.err
+
+
+def test_report_is_written_again(folder):
+    (folder / "run" / "report.html").unlink()
+    assert paceline(folder, "report", "run", "--json").json() == {"path": "run/report.html"}
+    assert (folder / "run" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_version_and_help(folder):
+    assert paceline(folder, "--version").out.startswith("paceline 0.")
+    help_text = paceline(folder, "--help").out
+    assert all(f"  {name} " in help_text for name in ("train", "demo", "init", "schema", "report", "generate"))
+    assert paceline(folder, "trian").status == 2
+
+
+def test_debug_shows_the_traceback(folder):
+    config = str(tiny_config(folder, train={"output": "debug"}))
+    plain = paceline(folder, "train", config, "optimizer={name: sgd, lr: 1.0e+30}")
+    full = paceline(folder, "train", config, "optimizer={name: sgd, lr: 1.0e+30}", "--debug")
+    assert "Traceback" not in plain.err and "Traceback" in full.err
+
+
+def test_the_demo_from_end_to_end(folder):
+    small = [
+        "train.steps=3",
+        "batch={sequences: 2, sequence_tokens: 64}",
+        "evaluate.sample_tokens=4",
+        "checkpoint.every=0",
+    ]
+    ended = paceline(folder, "demo", "--output", "demo", "--json", *small)
+    assert ended.status == 0, ended
+    summary = ended.json()
+    assert 1.0 < summary["ngram_bits_per_byte"] < summary["gzip_bits_per_byte"] < summary["bits_per_byte"]
+    assert "order-5 byte n-gram" in ended.out and (folder / "demo" / "export" / "config.json").exists()
+    assert "gzip -9" in (folder / "demo" / "report.html").read_text()
+    again = paceline(folder, "demo", "--output", "demo", *small)
+    assert again.status == 1 and "complete already" in again.err
