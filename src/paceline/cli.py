@@ -1,4 +1,5 @@
-"""The command line. Every command takes ``--json``, which prints one JSON document as the last line of its output.
+"""The command line. Every command takes ``--json``, which prints one JSON document as the last line of its output, and
+``--debug``, which ``main`` reads: with it an error shows its traceback.
 
 Nothing heavy is imported before a command needs it: ``paceline --help`` must be quick.
 """
@@ -80,7 +81,9 @@ def demo(
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("paceline.yaml"), as_json: Json = False
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("paceline.yaml"),
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Write a commented config to start from."""
     from paceline.recipes.init import write_starter
@@ -90,7 +93,7 @@ def init(
 
 
 @app.command()
-def schema(as_json: Json = False) -> None:
+def schema(as_json: Json = False, debug: Debug = False) -> None:
     """Print the JSON schema of a config file, for editors to complete and check it."""
     from paceline.config import schema as config_schema
 
@@ -98,7 +101,7 @@ def schema(as_json: Json = False) -> None:
 
 
 @app.command()
-def report(run: RunFolder, as_json: Json = False) -> None:
+def report(run: RunFolder, as_json: Json = False, debug: Debug = False) -> None:
     """Write RUN/report.html: one self-contained page of what happened."""
     from paceline.track.report import write_report
 
@@ -114,6 +117,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Continue a prompt with a trained model, as it is written."""
     from paceline.serve.generate import generate as stream

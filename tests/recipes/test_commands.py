@@ -53,6 +53,14 @@ def test_generate_refuses_what_does_not_write(folder):
     assert ended.status == 1 and "does not continue text" in ended.err and "Traceback" not in ended.err
 
 
+def test_generate_refuses_a_model_that_writes_backward(folder):
+    config = str(tiny_config(folder, objective="right_to_left", train={"steps": 1, "output": "backward"}))
+    assert paceline(folder, "train", config).status == 0
+    for place in ("backward", "backward/export"):
+        ended = paceline(folder, "generate", place, "The")
+        assert ended.status == 1 and "writes from right to left" in ended.err
+
+
 def test_report_is_written_again(folder):
     (folder / "run" / "report.html").unlink()
     assert paceline(folder, "report", "run", "--json").json() == {"path": "run/report.html"}
@@ -71,6 +79,13 @@ def test_debug_shows_the_traceback(folder):
     plain = paceline(folder, "train", config, "optimizer={name: sgd, lr: 1.0e+30}")
     full = paceline(folder, "train", config, "optimizer={name: sgd, lr: 1.0e+30}", "--debug")
     assert "Traceback" not in plain.err and "Traceback" in full.err
+
+
+@pytest.mark.parametrize("words", [("init", "there.yaml"), ("report", "texts"), ("generate", "texts", "x")])
+def test_every_command_takes_debug(folder, words):
+    (folder / "there.yaml").write_text("")
+    assert "Traceback" in paceline(folder, *words, "--debug").err
+    assert "Traceback" not in paceline(folder, *words).err
 
 
 def test_the_demo_from_end_to_end(folder):

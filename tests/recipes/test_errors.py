@@ -147,6 +147,9 @@ def test_another_run_in_the_folder_is_not_continued(folder):
     config = tiny_config(folder, train={"steps": 8})
     assert "seed=0" in refused(folder, "train", str(config), "seed=1")
     assert "optimizer='adamw'" in refused(folder, "train", str(config), "optimizer={name: sgd}")
+    assert "batch.sequence_tokens=32" in refused(folder, "train", str(config), "batch.sequence_tokens=16")
+    weights = "data.source=[{source: texts/*.txt, weight: 2}]"
+    assert "weights of data.source=[1.0], this config has [2.0]" in refused(folder, "train", str(config), weights)
     assert "choose another" in refused(folder, "train", str(config), "checkpoint.resume=never")
     assert "model/" in refused(folder, "train", str(config), "model.config.hidden_size=32")
 
@@ -155,6 +158,13 @@ def test_unwritable_output(folder):
     (folder / "file").write_text("")
     line = refused(folder, "train", str(tiny_config(folder)), "train.output=file/run")
     assert "train.output='file/run' cannot be written: Not a directory" in line
+
+
+def test_a_launcher_that_fails_leaves_no_rank_running(folder):
+    """The ranks would go on for hours, and the launcher wait for them."""
+    (folder / "run" / "processes.json").mkdir(parents=True)
+    line = refused(folder, "train", str(tiny_config(folder, train={"steps": 1_000_000}, replicas=2)))
+    assert "processes.json cannot be written: Is a directory" in line
 
 
 def test_full_disk(folder):

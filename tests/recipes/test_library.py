@@ -63,6 +63,28 @@ def test_a_loop_left_early_continues_where_it_saved(config):
     assert got == expected
 
 
+def test_an_error_in_the_users_loop_comes_out_and_is_recorded(config, tmp_path):
+    def stumble(event: paceline.StepEvent) -> None:
+        raise ValueError("of the user's own")
+
+    def loop() -> None:
+        with paceline.Trainer(config, model=Bigram(300)) as trainer:
+            for event in trainer.steps():
+                stumble(event)
+
+    with pytest.raises(ValueError, match="of the user's own"):
+        loop()
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert (events[-1]["kind"], events[-1]["step"], events[-1]["message"]) == ("error", 1, "of the user's own")
+
+
+def test_a_folder_serves_one_run_at_a_time(config):
+    with paceline.Trainer(config, model=Bigram(300)), pytest.raises(PlanError, match="in use by another run"):
+        paceline.Trainer(config, model=Bigram(300))
+    with paceline.Trainer(config, model=Bigram(300)) as trainer:
+        assert trainer.step == 0, "it is free again"
+
+
 def test_replicas_need_processes(config):
     with pytest.raises(PlanError, match="torchrun --nproc-per-node 2"):
         paceline.Trainer({**config, "replicas": 2}, model=Bigram(300))

@@ -124,6 +124,24 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_exits_cleanly(folder, numb
     assert (folder / "run" / "export" / "config.json").exists()
 
 
+def listens(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM of its own."""
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> signal.SIGTERM - 1 & 1)
+
+
+def test_asked_to_stop_before_the_first_step_it_exits_cleanly_too(folder):
+    config = tiny_config(folder, replicas=2, train={"steps": 100000})
+    command = Command(folder, "train", str(config))
+    started = folder / "run" / "processes.json"
+    while not (started.exists() and all(listens(p["pid"]) for p in processes(folder / "run"))):
+        assert command._process.is_alive(), command.end()
+        time.sleep(0.001)  # a poll, not a synchronisation: the condition is checked
+    command.signal(signal.SIGINT)
+    ended = command.end()
+    assert ended.status == 0 and "stopped after step" in ended.out, ended
+
+
 def test_a_rank_that_dies_is_named_and_nothing_is_left_running(folder):
     config = tiny_config(folder, replicas=2, train={"steps": 100000})
     command = Command(folder, "train", str(config))
@@ -224,3 +242,14 @@ def test_dry_run_explains_without_starting_anything(folder):
     assert "3 of 5 sequences" in ended.out
     assert not (folder / "run").exists()
     assert yaml.safe_load(config.read_text())["replicas"] == 2
+
+
+@pytest.mark.parametrize(("override", "rows"), [((), 8192), (("data.vocabulary=500",), 500)])
+def test_dry_run_counts_the_vocabulary_that_a_run_would_train(folder, override, rows):
+    llama = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    llama |= {"num_attention_heads": 2, "tie_word_embeddings": True}
+    config = tiny_config(folder)
+    model = f"model={json.dumps({'config': llama})}"
+    plan = paceline(folder, "train", str(config), model, *override, "--dry-run", "--json").json()
+    assert plan["model"]["vocabulary"] == rows
+    assert plan["model"]["parameters"] == rows * 16 + 4 * 16**2 + 3 * 16 * 32 + 3 * 16

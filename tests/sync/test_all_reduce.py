@@ -55,10 +55,10 @@ def test_sent_bytes_are_those_the_plan_says(pool):
     model = tiny_llama()
     shapes = {name: p.shape for name, p in model.named_parameters()}
     # The plan speaks of fp32 gradients; these are fp64. Before the first step replicas compare 16 bytes of checksum and
-    # 2 x 8 of marks; every step sums two fp64 numbers besides what the strategy sends.
+    # 2 x 8 of marks; every step sums three fp64 numbers besides what the strategy sends.
     options = AllReduce(bucket_mib=0.002)
     counts = link.all_reduce_bytes(8, 2)
-    per_step = 2 * (options.wire_bytes(shapes, 2) - counts) + counts + link.all_reduce_bytes(16, 2)
+    per_step = 2 * (options.wire_bytes(shapes, 2) - counts) + counts + link.all_reduce_bytes(24, 2)
     buckets = bucketed([math.prod(shape) for shape in shapes.values()], options._bucket_numel)
     assert len(buckets) > 3
     start = 16 + link.all_reduce_bytes(16, 2)
@@ -99,6 +99,7 @@ def without_gradient(member):
     if member.index == 1:
         loss = loss + model.sometimes.sum()
     loss.backward()
+    replica.end_backward()
     sync.update(replica)
     return {shard.name: shard.local.clone() for shard in replica.shards}
 
@@ -147,6 +148,7 @@ def sharded(member):
             dist.all_reduce(counts)
             targets = sync.begin(step, replica, int(counts))
             schedule.run(batches, step=step, scale=1 / targets, expect=replica.expect)
+            replica.end_backward()
             sync.update(replica)
         return {shard.name: shard.parameter.full_tensor().detach() for shard in replica.shards}
     finally:

@@ -2,8 +2,15 @@ import pytest
 import torch
 from torch import nn
 
+from paceline.comm.link import LocalLink
 from paceline.errors import NonFiniteElsewhere, NonFiniteError
+from paceline.optim.sgd import SGD
+from paceline.parallel.precision import Masters
+from paceline.schedule.accumulate import Accumulate
+from paceline.sync.all_reduce import AllReduce
 from paceline.train.diagnose import locate
+from paceline.train.replica import ModuleReplica
+from paceline.train.step import train_step
 from parity import objective, rows, tiny_llama
 
 ERROR = NonFiniteError("loss is nan at step 7")
@@ -13,8 +20,9 @@ def batches():
     return [objective().batch(rows(1, 4), seed=0, step=1)]
 
 
-def found(model: nn.Module) -> NonFiniteError:
-    return locate(ERROR, model, objective(), batches(), "replica 0, rank 0")
+def found(model: nn.Module, dtype: torch.dtype = torch.float64) -> NonFiniteError:
+    replica = ModuleReplica(Masters(model, dtype), SGD(), None)
+    return locate(ERROR, model, replica, objective(), batches(), "replica 0, rank 0")
 
 
 def test_the_first_output_is_named():
@@ -33,32 +41,29 @@ def test_a_bad_weight_is_named_before_what_follows_from_it():
     assert "began in the weight model.layers.0.self_attn.q_proj.weight" in str(found(model))
 
 
-def test_a_gradient_that_explodes_under_a_finite_loss_is_named():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_gradient_that_explodes_under_a_finite_loss_is_named(dtype):
     model = tiny_llama()
     model.model.norm.weight.register_hook(lambda g: g * float("inf"))
-    assert "began in gradient of model.norm.weight" in str(found(model))
+    assert "began in the gradient of model.norm.weight" in str(found(model, dtype))
 
 
 def test_a_rank_without_fault_says_so():
     assert isinstance(found(tiny_llama()), NonFiniteElsewhere)
 
 
-def test_gradients_are_left_clean():
-    model = tiny_llama()
-    found(model)
-    assert all(p.grad is None for p in model.parameters())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_are_left_clean_and_no_sync_is_told(dtype):
+    model, told = tiny_llama(), []
+    replica = ModuleReplica(Masters(model, dtype), SGD(), None)
+    replica.on_gradient_ready(told.append)
+    replica.expect(True)  # as the failed step left it
+    locate(ERROR, model, replica, objective(), batches(), "replica 0, rank 0")
+    assert all(shard.parameter.grad is None for shard in replica.shards) and told == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_step_raises_before_the_weights_change(value):
-    from paceline.comm.link import LocalLink
-    from paceline.optim.sgd import SGD
-    from paceline.parallel.precision import Masters
-    from paceline.schedule.accumulate import Accumulate
-    from paceline.sync.all_reduce import AllReduce
-    from paceline.train.replica import ModuleReplica
-    from paceline.train.step import train_step
-
     model = tiny_llama()
     model.lm_head.register_forward_hook(lambda _m, _i, out: out * value)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

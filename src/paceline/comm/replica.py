@@ -79,7 +79,16 @@ class Replica(Protocol):
         ...
 
     def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:
-        """Call ``fn`` once per shard and step, when its gradient is final in the replica. One listener at a time."""
+        """Call ``fn`` once per shard in the coming step, when its gradient is final in the replica.
+
+        By the end of the last backward pass every shard has been told, also one that has no gradient; so what ``fn``
+        starts comes, on every rank of every replica, before anything that follows the backward pass. One listener at a
+        time.
+        """
 
     def finish(self, vote: Vote) -> Finish:
         """Check that gradients are finite, take the norm, clip, and step if ``vote`` says so; clear the gradients."""
+        ...
+
+    def refresh(self) -> None:
+        """Bring the computing copy up to date, after a sync has changed parameters itself (``Shard.local``)."""

@@ -1,8 +1,8 @@
 """Cross-entropy over a large vocabulary without an fp32 copy of the logits.
 
-Rows are taken a few at a time: forward keeps one number a row (the log of the sum of exponentials), backward computes
-the gradient again from the logits and it. So the memory besides the logits is their gradient, in their own dtype, and
-one chunk in fp32. The result does not depend on the chunk: rows are independent, and their losses are added at once.
+Rows are taken a few at a time, and backward computes their probabilities again. So the memory besides the logits is
+their gradient, in their own dtype, and two chunks in fp32. The result does not depend on the chunk: rows are
+independent, and their losses are added at once.
 
 Shapes: B rows, S positions, N = B x S, V vocabulary, C rows of a chunk.
 """
@@ -41,22 +41,28 @@ class _SummedCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         lse_N1 = torch.empty(labels_N1.shape, dtype=dtype, device=logits_NV.device)
         for rows in _chunks(logits_NV):
-            torch.logsumexp(logits_NV[rows].to(dtype), dim=1, keepdim=True, out=lse_N1[rows])
-        ctx.save_for_backward(logits_NV, labels_N1, has_target_N1, lse_N1)
+            # The greatest probability is 1 / sum(exp(logits - the greatest)). The kernel of softmax is one pass over
+            # the chunk; that of logsumexp is five.
+            logits_CV = logits_NV[rows].to(dtype)
+            greatest_C1 = torch.softmax(logits_CV, dim=1).amax(1, keepdim=True)
+            lse_N1[rows] = logits_CV.amax(1, keepdim=True) - greatest_C1.log()
+        ctx.save_for_backward(logits_NV, labels_N1, has_target_N1)
         losses_N1 = lse_N1 - logits_NV.gather(1, labels_N1)
         return losses_N1.masked_fill_(~has_target_N1, 0.0).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None]:
-        logits_NV, labels_N1, has_target_N1, lse_N1 = ctx.saved_tensors
+        logits_NV, labels_N1, has_target_N1 = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
-        minus_one = lse_N1.new_full((1, 1), -1.0)
+        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+        minus_one = torch.full((1, 1), -1.0, dtype=dtype, device=logits_NV.device)
         for rows in _chunks(logits_NV):
-            grad_CV = (logits_NV[rows] - lse_N1[rows]).exp_()  # probabilities
+            grad_CV = torch.softmax(logits_NV[rows].to(dtype), dim=1)
             grad_CV.scatter_add_(1, labels_N1[rows], minus_one.expand(len(grad_CV), 1))
-            grad_NV[rows] = grad_CV.masked_fill_(~has_target_N1[rows], 0.0).mul_(grad_total)
-        return grad_NV, None
+            grad_NV[rows] = grad_CV.mul_(grad_total)
+        without = has_target_N1.logical_not().squeeze(1).nonzero().squeeze(1)
+        return grad_NV.index_fill_(0, without, 0.0), None
 
 
 def _chunks(logits_NV: Tensor) -> Iterator[slice]:

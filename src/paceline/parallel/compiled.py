@@ -1,16 +1,54 @@
 """Compilation, block by block: equal blocks share one graph, and the kernels are kept in torch's cache on disk."""
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import nn
 
+from paceline.errors import PlanError
 from paceline.parallel.blocks import blocks
 
 
 def compile_blocks(model: nn.Module) -> int:
-    """Compile every block in place (the whole model if it has none); returns how many parts were compiled.
+    """Compile the forward of every block (of the whole model if it has none); returns how many parts were compiled.
 
-    Shapes are taken as fixed: rows of one length compile once.
+    Raises ``PlanError`` where torch could not build its kernels. The first batch is compiled for its shape, the first
+    of another shape for all shapes.
     """
+    if next(model.parameters()).device.type == "cpu":
+        _require_compiler()
     parts = list(blocks(model).values()) or [model]
     for part in parts:
-        part.compile(dynamic=False)
+        part.forward = _Compiled(part)
     return len(parts)
+
+
+class _Compiled:
+    """A forward that is compiled in training mode only: evaluation and sampling come in every length, each a new graph."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self._part = part
+        self._plain = part.forward
+        self._compiled = torch.compile(part.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._compiled if self._part.training else self._plain)(*args, **kwargs)
+
+
+def _require_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise PlanError(
+            f"train.compile=true needs a C++ compiler, and there is no {compiler}. Install one (or set CXX), or use "
+            "train.compile=false"
+        )
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        raise PlanError(
+            f"train.compile=true needs the headers of Python, and there is no {headers}/Python.h. Install them "
+            "(python3-dev or the like), or use train.compile=false"
+        )

@@ -11,7 +11,13 @@ from paceline.plan.batch import BatchPlan, plan_batch
 from paceline.plan.layout import ranks_per_replica
 from paceline.plan.memory import RankMemory, rank_memory
 from paceline.plan.model import ModelSizes
-from paceline.train.assemble import check_positions, model_sizes, resolve_model, resolve_precision
+from paceline.train.assemble import (
+    check_positions,
+    model_sizes,
+    resolve_model,
+    resolve_precision,
+    wanted_vocabulary,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +105,9 @@ def explain(config: Config) -> Plan:
     ranks = ranks_per_replica(config.layout)
     batch = plan_batch(config.batch, config.replicas)
     check_positions(source, config.batch.sequence_tokens)
+    vocabulary, vocabulary_is_open = wanted_vocabulary(config, source), source.vocabulary is None
+    if vocabulary_is_open and vocabulary is not None:
+        source = source.with_vocabulary(vocabulary)
     model = source.meta()
     shapes = {info.name: info.shape for info in describe(model) if info.trainable}
     sizes = model_sizes(model, source.vocabulary or 0)
@@ -108,7 +117,7 @@ def explain(config: Config) -> Plan:
     return Plan(
         config=config,
         model=sizes,
-        vocabulary_is_open=source.vocabulary is None,
+        vocabulary_is_open=vocabulary_is_open,
         batch=batch,
         precision=precision,
         ranks=ranks,

@@ -17,6 +17,7 @@ from paceline.evaluate.held_out import Evaluation
 from paceline.launch import torchrun
 from paceline.objectives.base import Objective
 from paceline.plan.layout import ranks_per_replica
+from paceline.recipes import folder as run_folder
 from paceline.train.assemble import assemble
 from paceline.train.hooks import Hook, StepEvent
 from paceline.train.records import open_records
@@ -83,7 +84,8 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        """Close; an error of the loop is told to what is closed, and not hidden by a later one."""
+        self._stack.__exit__(kind, error, trace)
 
     def _enter(
         self, model: Module | None, objective: Objective | None, hooks: tuple[Hook, ...], say: Callable[[str], None]
@@ -98,6 +100,8 @@ class Trainer:
                 f"replicas={config.replicas}, but a Trainer is one process: start the script with "
                 f"`torchrun --nproc-per-node {config.replicas * ranks}`, or call paceline.run, which starts the ranks"
             )
+        if coordinates.is_leader:
+            self._stack.enter_context(run_folder.claim(config.train.output))
         world = self._stack.enter_context(join(coordinates, claim(coordinates), rendezvous))
         module = model() if callable(model) and not isinstance(model, nn.Module) else model
         parts = assemble(config, world, module=module, objective=objective, say=say)

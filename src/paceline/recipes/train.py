@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from paceline.track import RunInfo, Tracker
 from paceline.track.report import write_report
 from paceline.track.terminal import display
 from paceline.train.assemble import assemble
+from paceline.train.policy import StopRequest
 from paceline.train.records import open_records
 from paceline.train.trainer import Loop, find
 from paceline.workers.process import Line
@@ -85,11 +86,11 @@ def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: S
         logs=output / "logs",
         debug=debug,
     )
-    run_folder.write_processes(output, _processes(local))
     shown: Tracker | None = None
     first_loss_s = None
     done: dict[str, Any] = {}
     try:
+        run_folder.write_processes(output, _processes(local))
         for rank, message in local.messages():
             if rank != 0:
                 continue
@@ -103,6 +104,7 @@ def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: S
                         first_loss_s = time.perf_counter() - start
                     shown = shown and _show(shown, kind, record)
     finally:
+        local.kill()  # whatever went wrong here, no rank stays behind
         if shown:
             with suppress(OSError):
                 shown.close()
@@ -136,7 +138,8 @@ def _processes(local: LocalRun) -> list[dict[str, Any]]:
 
 def _train_as_rank(config: Config, ranks: int, say: Say) -> Result | None:
     coordinates = torchrun.coordinates(config.replicas, ranks)
-    with torchrun.rendezvous(coordinates) as rendezvous:
+    claim = run_folder.claim(config.train.output) if coordinates.is_leader else nullcontext()
+    with claim, torchrun.rendezvous(coordinates) as rendezvous:
         result = run_rank(config, coordinates, rendezvous, say=say if coordinates.is_leader else lambda _: None)
     return result if coordinates.is_leader else None
 
@@ -180,9 +183,13 @@ def run_rank(
     say: Say = print,
 ) -> Result:
     """Train as one rank; the leader also keeps the records, the export and the report."""
+    stop_request = StopRequest()  # before all that takes long: who is asked to stop meanwhile makes one step and saves
+    stop_request.listen(signal.SIGTERM, *([signal.SIGINT] if line is None else []))
     device = claim_device(coordinates)
-    with join(coordinates, device, rendezvous) as world, Loop(assemble(config, world, say=say)) as loop:
-        loop.stop_request.listen(signal.SIGTERM, *([signal.SIGINT] if line is None else []))
+    with (
+        join(coordinates, device, rendezvous) as world,
+        Loop(assemble(config, world, say=say), stop_request=stop_request) as loop,
+    ):
         if coordinates.is_leader:
             info = open_records(loop, display=line is None, extra=[_Forward(line)] if line else [])
             if line:

@@ -5,6 +5,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from paceline.config import read_tree
 from paceline.errors import ConfigError, ModelError
 
 
@@ -20,6 +21,7 @@ def generate(run: Path, prompt: str, *, tokens: int, temperature: float, seed: i
         )
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one character to continue")
+    _refuse_backward(folder)
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -33,6 +35,18 @@ def generate(run: Path, prompt: str, *, tokens: int, temperature: float, seed: i
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     yield from _stream(model, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
+
+
+def _refuse_backward(folder: Path) -> None:
+    """A right-to-left model is stored like any other: only the config of its run says what it learned."""
+    config = folder.resolve().parent / "config.yaml"
+    if folder.resolve().name != "export" or not config.is_file():
+        return
+    if read_tree(config).get("objective", {}).get("name") == "right_to_left":
+        raise ModelError(
+            f"{folder} writes from right to left and cannot continue a prompt; the texts it wrote before the "
+            "evaluate.prompts of its run stand in the report"
+        )
 
 
 def _stream(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:

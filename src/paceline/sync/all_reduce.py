@@ -131,8 +131,7 @@ class AllReduceSync:
         return total
 
     def update(self, replica: Replica) -> Finish:
-        """Send the buckets whose gradients never came, put the sums in place, and step; all replicas decide alike."""
-        self._launch(every=True)
+        """Put the sums in place and step; all replicas decide alike."""
         for bucket in self._buckets:
             assert bucket.pending is not None
             bucket.pending.wait()
@@ -145,9 +144,9 @@ class AllReduceSync:
             bucket.waiting -= 1
             self._launch()
 
-    def _launch(self, every: bool = False) -> None:
+    def _launch(self) -> None:
         # Always in bucket order: exchanges are matched by the order in which they start.
-        while self._launched < len(self._buckets) and (every or self._buckets[self._launched].waiting == 0):
+        while self._launched < len(self._buckets) and self._buckets[self._launched].waiting == 0:
             bucket = self._buckets[self._launched]
             bucket.fill()
             bucket.pending = self.link.all_reduce(bucket.buffer)

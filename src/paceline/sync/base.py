@@ -44,7 +44,7 @@ class Sync(Protocol):
         """
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of a small fp64 vector over the same group."""
+        """Sum of a small fp64 vector over all replicas that are reported, and stop, together."""
 
     def update(self, replica: Replica) -> Finish:
         """After the backward pass: exchange what is left, and finish the step."""

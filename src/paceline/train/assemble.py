@@ -96,7 +96,7 @@ def prepare_data(config: Config, source: ModelSource | None, *, say: Say) -> Pre
     return prepare(
         config.data,
         columns=options.columns(config.data),
-        vocabulary=_vocabulary(config, source),
+        vocabulary=wanted_vocabulary(config, source),
         tokenizer=source.tokenizer if source else None,
         extra_tokens=options.special_tokens(config.batch.sequence_tokens),
         workers=cores(),
@@ -104,8 +104,11 @@ def prepare_data(config: Config, source: ModelSource | None, *, say: Say) -> Pre
     )
 
 
-def _vocabulary(config: Config, source: ModelSource | None) -> int | None:
-    """Entries of a tokenizer that is trained, or the most that a given one may have; None for any number."""
+def wanted_vocabulary(config: Config, source: ModelSource | None) -> int | None:
+    """Entries of a tokenizer that is trained, or the most that a given one may have; None for any number.
+
+    ``PlanError`` if more are asked for than the model has rows.
+    """
     asked, rows = config.data.vocabulary, source.vocabulary if source else None
     if asked is not None and rows is not None and asked > rows:
         raise PlanError(

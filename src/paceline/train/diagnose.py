@@ -10,23 +10,32 @@ from torch import nn
 
 from paceline.errors import NonFiniteElsewhere, NonFiniteError
 from paceline.objectives.base import Batch, Objective
+from paceline.train.replica import ModuleReplica
 
 
 def locate(
-    error: NonFiniteError, model: nn.Module, objective: Objective, batches: Iterable[Batch], where: str
+    error: NonFiniteError,
+    model: nn.Module,
+    replica: ModuleReplica,
+    objective: Objective,
+    batches: Iterable[Batch],
+    where: str,
 ) -> NonFiniteError:
     """Run the micro-batches forward and backward once more and name the first value that is not finite.
 
-    The weights must still be those of the failed step. Returns the error to raise on this rank.
+    The weights must still be those of the failed step, whose gradients are lost. Returns the error to raise on this
+    rank.
     """
-    model.zero_grad(set_to_none=True)
+    clear = replica.optimizer.zero_grad  # in mixed precision the gradients are the masters', not the model's
+    replica.expect(False)  # a sync must not send these gradients
+    clear(set_to_none=True)
     for i, batch in enumerate(batches):
         with watch(model) as found:
             loss = objective.loss(model, batch)
             if not found and math.isfinite(loss.item()):
                 loss.backward()
-        found += [f"gradient of {n}" for n, p in model.named_parameters() if not found and _bad(p.grad)]
-        model.zero_grad(set_to_none=True)
+        found += [f"the gradient of {s.name}" for s in replica.shards if not found and _bad(s.parameter.grad)]
+        clear(set_to_none=True)
         if found or not math.isfinite(loss.item()):
             first = found[0] if found else "the loss itself"
             return NonFiniteError(

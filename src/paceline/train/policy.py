@@ -36,10 +36,10 @@ class StopRequest:
 
 
 def after(config: Config, step: int, stop: bool) -> After:
-    """What to do after ``step``; the last step, and one after which all stop, is always saved."""
+    """What to do after ``step``; the last step is always measured, it and one after which all stop are always saved."""
     last = step == config.train.steps
     return After(
-        evaluate=not stop and (last or _due(step, config.evaluate.every)),
+        evaluate=last or (not stop and _due(step, config.evaluate.every)),
         save=last or stop or _due(step, config.checkpoint.every),
         stop=stop or last,
     )

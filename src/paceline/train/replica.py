@@ -20,16 +20,24 @@ class ModuleReplica:
         self._clip_norm = clip_norm
         self._by_name = {shard.name: shard for shard in self.shards}
         self._listener: Callable[[Shard], None] | None = None
+        self._untold: set[str] = set()
         self._last = False
         masters.on_gradient(self._gradient_added)
 
     def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:
-        """Call ``fn`` once per shard in the last backward pass of a step."""
+        """Call ``fn`` once per shard, in the last backward pass of the coming step or at its end."""
         self._listener = fn
+        self._untold = set(self._by_name)
 
     def expect(self, last: bool) -> None:
         """Say whether the next backward pass is the last of the step."""
         self._last = last
+
+    def end_backward(self) -> None:
+        """Tell the listener of the shards that the last backward pass did not touch: they are final too."""
+        for shard in self.shards:
+            self._tell(shard.name)
+        self._last = False
 
     def set_rate_factor(self, factor: float) -> None:
         """Set each group's rate to its peak times ``factor``."""
@@ -55,7 +63,12 @@ class ModuleReplica:
         self._masters.refresh()
 
     def _gradient_added(self, name: str) -> None:
-        if self._last and self._listener is not None:
+        if self._last:
+            self._tell(name)
+
+    def _tell(self, name: str) -> None:
+        if self._listener is not None and name in self._untold:
+            self._untold.remove(name)
             self._listener(self._by_name[name])
 
 

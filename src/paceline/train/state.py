@@ -34,8 +34,9 @@ def restore(model: nn.Module, replica: ModuleReplica, checkpoint: Checkpoint, la
         name, _, key = slot.removeprefix("optimizer/").rpartition("/")
         if slot.startswith("optimizer/") and name in learned:
             entry = checkpoint.entry(slot)
-            like = learned[name] if entry.kind == Kind.PARAMETER else torch.empty(entry.shape)
-            place = torch.empty_like(like, dtype=getattr(torch, entry.dtype), requires_grad=False)
+            device, dtype = learned[name].device, getattr(torch, entry.dtype)
+            like = learned[name] if entry.kind == Kind.PARAMETER else torch.empty(entry.shape, device=device)
+            place = torch.empty_like(like, dtype=dtype, requires_grad=False)
             replica.optimizer.state.setdefault(learned[name], {})[key] = place
     checkpoint.restore(tensors(model, replica), layout=layout)
     replica.refresh()

@@ -15,10 +15,10 @@ from paceline.train.replica import ModuleReplica
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did, over the group of replicas that the sync names."""
+    """What a step did, over the replicas whose sums the sync takes together (``Sync.total``)."""
 
     loss: float
-    """Mean over the targets of the group, before the update."""
+    """Mean over the targets, before the update."""
     targets: int
     gradient_norm: float
     stop: bool
@@ -30,11 +30,14 @@ def train_step(
 ) -> StepResult:
     """Run one step on this rank's micro-batches; ``NonFiniteError``, before the weights change, if it went bad.
 
-    The loss is a sum; it is divided once, before the backward pass, by the targets of all replicas that share the step.
+    The loss is a sum; it is divided once, before the backward pass, by the targets of the group that the sync names.
     """
-    targets = sync.begin(step, replica, sum(batch.count for batch in batches))
-    loss_sum = schedule.run(batches, step=step, scale=1.0 / max(1, targets), expect=replica.expect)
-    total_loss, stops = sync.total(torch.tensor([loss_sum, float(stop)], dtype=torch.float64)).tolist()
+    count = sum(batch.count for batch in batches)
+    group_targets = sync.begin(step, replica, count)
+    loss_sum = schedule.run(batches, step=step, scale=1.0 / max(1, group_targets), expect=replica.expect)
+    replica.end_backward()
+    sums = sync.total(torch.tensor([loss_sum, count, float(stop)], dtype=torch.float64)).tolist()
+    total_loss, targets, stops = sums[0], int(sums[1]), sums[2]
     loss = total_loss / max(1, targets)
     if not math.isfinite(loss):
         raise NonFiniteError(f"loss is {loss} at step {step}")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +12,7 @@ import torch
 from paceline.checkpoint import Checkpoint, Saved, check_space, load, newest, steps
 from paceline.comm.ranks import Coordinates
 from paceline.config import strategy_name
-from paceline.errors import CheckpointError, NonFiniteError
+from paceline.errors import CheckpointError, NonFiniteError, TrainError
 from paceline.evaluate.held_out import Evaluation
 from paceline.track import Trackers
 from paceline.train import state
@@ -31,12 +31,12 @@ class Loop:
     them, of the seed and of the weights.
     """
 
-    def __init__(self, parts: Parts, *, hooks: tuple[Hook, ...] = ()) -> None:
+    def __init__(self, parts: Parts, *, hooks: tuple[Hook, ...] = (), stop_request: StopRequest | None = None) -> None:
         self.parts = parts
         self.step = 0
         self.sequences_seen = 0
         self.tokens_seen = 0
-        self.stop_request = StopRequest()
+        self.stop_request = stop_request or StopRequest()
         self.evaluation: Evaluation | None = None
         """The newest."""
         self.trackers: Trackers | None = None
@@ -119,6 +119,9 @@ class Loop:
                 stack.push(self.parts.checkpointer)
             stack.callback(self.parts.loader.close)
             if error is not None:
+                if self.trackers:
+                    with suppress(TrainError):  # the files may be what failed
+                        self.trackers.event("error", str(error) or type(error).__name__, step=self.step)
                 raise error
 
     def _one_step(self) -> tuple[StepEvent, bool]:
@@ -135,7 +138,7 @@ class Loop:
         except NonFiniteError as error:
             where = f"replica {self.coordinates.replica}, rank {self.coordinates.rank}"
             device_batches = [batch.to(parts.world.device.torch_device) for batch in batches]
-            raise locate(error, parts.model, parts.objective, device_batches, where) from None
+            raise locate(error, parts.model, parts.replica, parts.objective, device_batches, where) from None
         step_s = time.perf_counter() - start
         self.step = step
         self.sequences_seen += parts.batch.sequences
@@ -194,11 +197,17 @@ class Loop:
         return {"replicas": self.coordinates.replicas}
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on: the rest of the config may change between its parts."""
+        """What must be the same for a run to go on: the rest of the config may change between its parts.
+
+        The position in the data is one number, so all that the order follows from is among it.
+        """
         config = self.parts.config
         return {
             "seed": config.seed,
             "data": self.parts.prepared.fingerprint,
+            "data.split": config.data.split,
+            "weights of data.source": [source.weight for source in config.data.sources],
+            "batch.sequence_tokens": config.batch.sequence_tokens,
             "file_streams": self.parts.file_streams,
             "objective": strategy_name(config.objective),
             "optimizer": strategy_name(config.optimizer),

@@ -105,9 +105,9 @@ def _run(main: Main, connection: Connection, log: Path, debug: bool) -> None:
 
 
 def _end_with_parent() -> None:
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a killed launcher leaves no rank behind
-    if os.getppid() != parent:
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:  # it died before it could be watched
         os._exit(1)
 
 
