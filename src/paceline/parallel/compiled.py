@@ -1,5 +1,6 @@
 """Compilation, block by block: equal blocks share one graph, and the kernels are kept in torch's cache on disk."""
 
+import functools
 import os
 import shutil
 import sysconfig
@@ -34,6 +35,7 @@ class _Compiled:
         self._part = part
         self._plain = part.forward
         self._compiled = torch.compile(part.forward)
+        functools.update_wrapper(self, part.forward)  # who asks for the arguments of forward sees the real ones
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return (self._compiled if self._part.training else self._plain)(*args, **kwargs)

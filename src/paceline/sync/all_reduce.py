@@ -6,14 +6,14 @@ gradients is the gradient of the whole batch.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from paceline.comm.link import Link, Pending, all_reduce_bytes
 from paceline.comm.replica import Finish, Replica, Shard
 from paceline.config import Options, Positive
-from paceline.sync.base import Shapes, check_equal_start
+from paceline.sync.base import Shapes, SyncState, check_equal_start
 
 _COUNT_BYTES = 8
 
@@ -138,6 +138,10 @@ class AllReduceSync:
             bucket.empty()
         # The summed gradients are bit-identical in all replicas: so is the decision each takes on them.
         return replica.finish(vote=lambda wish: wish)
+
+    def state(self) -> Mapping[str, SyncState]:
+        """Nothing outlives a step."""
+        return {}
 
     def _ready(self, shard: Shard) -> None:
         if bucket := self._bucket_of.get(shard.name):

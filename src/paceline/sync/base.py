@@ -6,7 +6,8 @@ counterparts in the other replicas, never the layout that cut them: so every str
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 
@@ -49,29 +50,40 @@ class Sync(Protocol):
     def update(self, replica: Replica) -> Finish:
         """After the backward pass: exchange what is left, and finish the step."""
 
+    def state(self) -> Mapping[str, "SyncState"]:
+        """What the strategy must remember between steps, by name; a checkpoint keeps it and fills it in place."""
+
+
+@dataclass(frozen=True)
+class SyncState:
+    """One tensor of a strategy's state, and what it is; the words are those of ``checkpoint.state``."""
+
+    tensor: torch.Tensor
+    kind: Literal["parameter", "replicated", "per_replica", "opaque"]
+    rule: Literal["mean", "clone", "fresh"] | None = None
+    """Of ``per_replica`` state, what it becomes when the number of replicas changes."""
+
 
 def check_equal_start(link: Link, replica: Replica) -> None:
     """Raise ``TrainError`` on every replica unless all hold bit-identical parameters at this rank's coordinates."""
-    device = replica.shards[0].local.device
-    own = torch.tensor(checksum(replica), dtype=torch.int64, device=device)
-    first = own.clone()
-    link.broadcast(first).wait()
-    different = torch.zeros(link.size, dtype=torch.int64, device=device)
-    different[link.index] = int(not torch.equal(own, first))
-    link.all_reduce(different).wait()
-    if different.any():
-        others = ", ".join(str(i) for i in different.nonzero().flatten().tolist())
+    digest = hashlib.blake2b(digest_size=16)
+    for shard in replica.shards:
+        digest.update(shard.name.encode())
+        digest.update(shard.local.contiguous().cpu().view(torch.uint8).numpy().data)
+    if others := differing(link, digest.digest(), replica.shards[0].local.device):
         raise TrainError(
             f"replica(s) {others} start with other weights than replica 0; build the model from the same seed or "
             "checkpoint in every process"
         )
 
 
-def checksum(replica: Replica) -> list[int]:
-    """Two 63-bit numbers that stand for the names and bytes of all parameters held by this rank."""
-    digest = hashlib.blake2b(digest_size=16)
-    for shard in replica.shards:
-        digest.update(shard.name.encode())
-        digest.update(shard.local.contiguous().cpu().view(torch.uint8).numpy().data)
-    raw = digest.digest()
-    return [int.from_bytes(raw[i : i + 8], "little") >> 1 for i in (0, 8)]
+def differing(link: Link, digest: bytes, device: torch.device) -> str:
+    """The replicas whose 16-byte digest is not that of replica 0, as words; all replicas get the same answer."""
+    numbers = [int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8)]
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    first = own.clone()
+    link.broadcast(first).wait()
+    different = torch.zeros(link.size, dtype=torch.int64, device=device)
+    different[link.index] = int(not torch.equal(own, first))
+    link.all_reduce(different).wait()
+    return ", ".join(str(i) for i in different.nonzero().flatten().tolist())

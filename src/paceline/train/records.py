@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
+from torch import nn
 
 from paceline.config import strategy_name
 from paceline.errors import TrainError
@@ -47,6 +48,11 @@ def _warnings(parts: Parts) -> Iterator[str]:
         )
     if parts.loader.warning:
         yield parts.loader.warning
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in parts.model.modules()):
+        yield (
+            "this model has dropout: its masks follow from seed, step and micro-batch, so in this version another "
+            "batch.micro or number of replicas draws other ones"
+        )
 
 
 def run_info(parts: Parts, start_step: int) -> RunInfo:

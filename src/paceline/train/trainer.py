@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ from paceline.comm.ranks import Coordinates
 from paceline.config import strategy_name
 from paceline.errors import CheckpointError, NonFiniteError, TrainError
 from paceline.evaluate.held_out import Evaluation
+from paceline.sync.base import differing
 from paceline.track import Trackers
 from paceline.train import state
 from paceline.train.assemble import Parts
@@ -42,8 +44,9 @@ class Loop:
         self.trackers: Trackers | None = None
         """Who is told; the leader's only."""
         self._hooks = hooks
-        self._resume()
         parts.sync.start(parts.replica)
+        self._resume()
+        self._check_same_run()
         if parts.checkpointer:
             # Weights and optimizer: the newest checkpoint stays while the next is written beside it.
             floats = (1 + parts.optimizer_config.state_per_parameter) * parts.sizes.trainable
@@ -103,7 +106,9 @@ class Loop:
         if self.parts.checkpointer is None:
             return
         self._tell_saved(self.parts.checkpointer.wait())
-        self.parts.checkpointer.save(self.step, state.tensors(self.parts.model, self.parts.replica), self._values())
+        parts = self.parts
+        tensors = state.tensors(parts.model, parts.replica, parts.sync, self._place)
+        self.parts.checkpointer.save(self.step, tensors, self._values())
 
     def __enter__(self) -> Self:
         return self
@@ -185,12 +190,28 @@ class Loop:
                         f"{key}={values[key]!r}, this config has {now!r}: that is another run. Restore the config, or "
                         "choose another train.output."
                     )
-            state.restore(self.parts.model, self.parts.replica, checkpoint, self._layout)
+            parts = self.parts
+            state.restore(parts.model, parts.replica, parts.sync, self._place, checkpoint, self._layout)
         self.step = values["step"]
         self.sequences_seen = values["sequences_seen"]
         self.tokens_seen = values["tokens_seen"]
         if self.parts.checkpointer:
             self.parts.checkpointer.set_aside_after(self.step)
+
+    def _check_same_run(self) -> None:
+        """Refuse, on all replicas, to train on other data or from another step than replica 0 does."""
+        world = self.parts.world
+        words = f"{self.step} {self.parts.prepared.fingerprint}".encode()
+        digest = blake2b(words, digest_size=16).digest()
+        if others := differing(world.link, digest, world.device.torch_device):
+            raise TrainError(
+                f"replica(s) {others} have other data, or continue from another step, than replica 0; every machine "
+                "needs the same files, and sees the same train.output"
+            )
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self.coordinates.replica, self.coordinates.replicas
 
     @property
     def _layout(self) -> dict[str, int]:
