@@ -1,4 +1,4 @@
-"""One contender of ``throughput.py``: trains the bench model in this process for a number of steps and writes down times.
+"""One contender of ``throughput.py``: trains the bench model in this process for some steps and writes down times.
 
 Started anew for every measurement, by itself or as a rank of torchrun. All contenders start from the same weights, read
 the same token file, and run the same optimizer; each is timed by the same clock, which ticks after every step.
@@ -112,8 +112,7 @@ def run_paceline(setting: Setting, steps: int, output: Path) -> tuple[Clock, flo
     """Through the library's own Trainer, with its defaults."""
     import paceline
 
-    for module in ("paceline.train.trainer", "transformers.models.llama.modeling_llama", "torch.distributed.tensor"):
-        importlib.import_module(module)
+    import_all("paceline.train.records", "torch.distributed.tensor", compiled=setting.compiled)
     clock = Clock()
     losses = []
     # One step more than is taken: the checkpoint at the end of a run is no part of a step, and no peer writes one.
@@ -130,8 +129,7 @@ def run_trainer(setting: Setting, steps: int, output: Path) -> tuple[Clock, floa
     """transformers.Trainer, without logging, evaluation or saving."""
     import transformers
 
-    importlib.import_module("transformers.models.llama.modeling_llama")
-    importlib.import_module("accelerate")
+    import_all("accelerate", compiled=setting.compiled)
 
     class Tick(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -171,6 +169,7 @@ def run_trainer(setting: Setting, steps: int, output: Path) -> tuple[Clock, floa
 def run_loop(setting: Setting, steps: int, output: Path) -> tuple[Clock, float]:
     """Mixed precision as torch's documentation shows it: fp32 weights under autocast."""
     dataset, model_of = rows_and_model()
+    import_all(compiled=setting.compiled)
     clock = Clock()
     model = model_of()
     forward: Callable[..., Any] = torch.compile(model) if setting.compiled else model
@@ -190,6 +189,12 @@ def run_loop(setting: Setting, steps: int, output: Path) -> tuple[Clock, float]:
         total += loss.item()
         clock.tick()
     return clock, total / steps
+
+
+def import_all(*modules: str, compiled: bool) -> None:
+    """Import what a contender would import later, so that its memory does not count as the step's."""
+    for module in (*modules, "transformers.models.llama.modeling_llama", *(["torch._inductor.compile_fx"] * compiled)):
+        importlib.import_module(module)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -224,16 +229,30 @@ def rows_and_model() -> tuple[Rows, Callable[[], Any]]:
     return Rows(prepared.train[0].tokens), model
 
 
+def probe() -> None:
+    """Prepare the data and print what the model's speed is compared with, as JSON."""
+    from paceline.comm.device import claim, matmul_flops_per_s
+    from paceline.comm.ranks import ALONE
+    from paceline.train.assemble import model_sizes
+
+    _, model = rows_and_model()
+    peak = matmul_flops_per_s(claim(ALONE), torch.bfloat16, seconds=2.0)
+    flops = model_sizes(model(), VOCABULARY).flops_per_token(SEQUENCE_TOKENS)
+    print(json.dumps({"flops_per_token": flops, "peak_flops_per_s": peak}))
+
+
 PROGRAMS = {"paceline": run_paceline, "trainer": run_trainer, "loop": run_loop}
 
 
 def main() -> None:
     """Run one setting and leave ``rank-R.json`` in the folder."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("setting", choices=SETTINGS)
-    parser.add_argument("steps", type=int)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("setting", choices=[*SETTINGS, "probe"])
+    parser.add_argument("steps", type=int, nargs="?")
+    parser.add_argument("folder", type=Path, nargs="?")
     arguments = parser.parse_args()
+    if arguments.setting == "probe":
+        return probe()
     setting = SETTINGS[arguments.setting]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     clock, loss = PROGRAMS[setting.program](setting, arguments.steps, arguments.folder / "run")

@@ -1,5 +1,5 @@
-"""The command line. Every command takes ``--json``, which prints one JSON document as the last line of its output, and
-``--debug``, which ``main`` reads: with it an error shows its traceback.
+"""The command line. Every command takes ``--json``, which prints one JSON document as the last line of its output (of a
+command that failed: its ``error``), and ``--debug``; ``main`` reads both. With ``--debug`` an error shows its traceback.
 
 Nothing heavy is imported before a command needs it: ``paceline --help`` must be quick.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +73,7 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small model on this machine's own Python documentation and sources, in about two minutes."""
+    """Train a small model on this machine's own Python documentation and sources, in two to three minutes."""
     from paceline.recipes.demo import demo as run
 
     summary = run(output, overrides or [], debug=debug)
@@ -155,6 +156,7 @@ def _options(
 
 def main() -> None:
     """Run a command; an expected error is one line on standard error and an exit status other than 0."""
+    _open_closed_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if "RANK" in os.environ else "true")
     debug = "--debug" in sys.argv
     try:
@@ -172,9 +174,22 @@ def main() -> None:
         if isinstance(error, PacelineError):
             _fail(f"{type(error).__name__}: {error}", error.exit_status)
         hint = "" if debug else " Run again with --debug for the traceback."
-        _fail(f"internal error: {type(error).__name__}: {error}.{hint}", 1)
+        _fail(f"internal error: {type(error).__name__}: {' '.join(str(error).split())}.{hint}", 1)
 
 
 def _fail(message: str, status: int) -> None:
     print(message, file=sys.stderr, flush=True)
+    if "--json" in sys.argv:
+        with suppress(OSError):  # standard output may be what failed
+            print(json.dumps({"error": message}), flush=True)
     sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Point closed standard streams (``>&-``) to nowhere: the next file opened would take their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+            setattr(sys, name, open(number, "r" if number == 0 else "w"))

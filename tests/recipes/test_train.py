@@ -210,6 +210,8 @@ def test_the_same_under_torchrun(folder):
         )
     assert [rank.end().status for rank in ranks] == [0, 0]
     assert learned(folder / "torchrun") == learned(folder / "whole")
+    started = [(p["role"], p["replica"], p["rank"], p["pid"]) for p in processes(folder / "torchrun")]
+    assert started == [("rank", 0, 0, ranks[0].pid), ("rank", 1, 0, ranks[1].pid)]
 
 
 def test_complete_run_says_so(folder):

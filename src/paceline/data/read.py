@@ -90,17 +90,20 @@ def find(source: str) -> tuple[SourceFile, ...]:
     """The files of a source, in sorted order; ``DataError`` if there are none or one is of an unknown kind."""
     if source in CORPORA:
         return _corpus(source)
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if path.is_file():
             return (_named_file(path),)
         if path.is_dir():
             return _directory(path, source)
     except OSError as error:
         raise DataError(f"data.source={source!r}: {error.strerror}") from None
+    except RuntimeError:  # of expanduser: ~name
+        raise DataError(f"data.source={source!r}: this machine knows no home folder of that user") from None
     if glob.has_magic(source):
         return _glob(str(path), source)
-    raise DataError(f"data.source={source!r}: no such file or directory{_near(path)}; expected {_EXPECTED}")
+    problem = "neither a file nor a directory" if os.path.lexists(path) else f"no such file or directory{_near(path)}"
+    raise DataError(f"data.source={source!r}: {problem}; expected {_EXPECTED}")
 
 
 _EXPECTED = f"a path, a glob, a Hugging Face dataset (org/name) or a named corpus ({', '.join(CORPORA)})"
@@ -172,6 +175,6 @@ def _known(paths: list[Path], source: str, otherwise: str) -> tuple[SourceFile, 
 
 
 def _near(path: Path) -> str:
-    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    names = [name for name in os.listdir(path.parent) if name != path.name] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     return f", did you mean {str(path.with_name(near[0]))!r}?" if near else ""

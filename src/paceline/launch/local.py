@@ -31,7 +31,8 @@ class LocalRun:
     """A run's ranks on this machine.
 
     ``messages()`` yields what they send until all have finished. If one dies or reports an error the others are ended
-    and ``WorkerError`` (or the rank's own message) names it; nothing is left running.
+    and ``WorkerError`` (or the rank's own message) names it; nothing is left running. The first Ctrl-C or SIGTERM asks
+    the ranks to stop; a Ctrl-C after that ends them at once, with ``KeyboardInterrupt``.
     """
 
     def __init__(
@@ -62,12 +63,15 @@ class LocalRun:
         for child in self._children.values():
             child.line.send("store", port=self._store.port)
         self._interrupts = 0
+        self._abandoned = False
 
     def messages(self) -> Iterator[tuple[int, Message]]:
         """What the ranks send, as (global rank, message), until all have finished."""
         with self._signals():
             while pending := {r: c for r, c in self._children.items() if not c.finished}:
                 yield from self._receive(pending)
+                if self._abandoned:
+                    raise KeyboardInterrupt
                 self._raise_failures()
         for child in self._children.values():
             child.process.join(_GRACE_S)
@@ -134,6 +138,7 @@ class LocalRun:
         def ask(number: int, _: object) -> None:
             self._interrupts += 1
             if self._interrupts > 1 and number == signal.SIGINT:
+                self._abandoned = True
                 self.kill()
             else:
                 self.stop()

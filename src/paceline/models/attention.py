@@ -3,6 +3,7 @@
 Shapes: B batch, N query heads, K key/value heads, Q queries, S keys, H width of a query or key, V width of a value.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -26,19 +27,18 @@ def register() -> None:
     AttentionMaskInterface.register(MATMUL, sdpa_mask)
 
 
-def check(model: nn.Module) -> None:
-    """Raise ``ModelError`` if a model's family runs an attention of its own whatever it is told."""
-    if not replaceable(model):
+def check(model_class: type[nn.Module]) -> None:
+    """Raise ``ModelError`` if a family runs an attention of its own whatever it is told."""
+    if not replaceable(model_class):
         raise ModelError(
-            f"model.attention={MATMUL}: {type(model).__name__} has an attention of its own, which cannot be replaced. "
+            f"model.attention={MATMUL}: {model_class.__name__} has an attention of its own, which cannot be replaced. "
             "Use model.attention=auto"
         )
 
 
-def replaceable(model: nn.Module) -> bool:
-    """Whether a transformers model calls the attention it is told to."""
-    model_class: Any = type(model)
-    return bool(model_class._can_set_attn_implementation())
+def replaceable(model_class: type[nn.Module]) -> bool:
+    """Whether a class of transformers calls the attention it is told to."""
+    return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def choose(model: nn.Module, *, dtype: torch.dtype, device: torch.device) -> bool:
@@ -49,7 +49,7 @@ def choose(model: nn.Module, *, dtype: torch.dtype, device: torch.device) -> boo
     config = getattr(model, "config", None)
     if dtype is not torch.bfloat16 or device.type != "cpu" or getattr(config, "_attn_implementation", None) != "sdpa":
         return False
-    if not replaceable(model):
+    if not replaceable(type(model)):
         return False
     register()
     hugging_face: Any = model

@@ -48,6 +48,7 @@ def attention(
     """
     assert not causal or query_BNQH.shape[2] == key_BKSH.shape[2]
     seed = torch.randint(1 << 62, ()) if dropout > 0.0 else None
+    output_BQNV: Tensor
     output_BQNV, _ = _attention(query_BNQH, key_BKSH, value_BKSV, bias, seed, causal, scale, softcap or 0.0, dropout)
     return output_BQNV
 
@@ -180,7 +181,7 @@ class _Block:
 
 
 class _Blocks:
-    """Iterates over the blocks of one attention: twice with equal results, if told the greatest scores of the first time.
+    """Iterates over the blocks of one attention; again with equal results, if told the greatest scores.
 
     The query heads of one key/value head stand below each other in one matrix, so that no key is repeated.
     """
@@ -210,7 +211,7 @@ class _Blocks:
 
     def take(self, x_BQNE: Tensor, rows: slice) -> Tensor:
         """Some rows of all heads as matrices: (X, M, E)."""
-        x_BRKGE = x_BQNE[:, rows].unflatten(2, (self._heads, -1))
+        x_BRKGE: Tensor = x_BQNE[:, rows].unflatten(2, (self._heads, -1))
         return x_BRKGE.permute(0, 2, 3, 1, 4).reshape(len(self._key_XSH), -1, x_BQNE.shape[-1])
 
     def put(self, x_BQNE: Tensor, rows: slice, block_XME: Tensor) -> None:
@@ -268,7 +269,7 @@ class _Blocks:
         )
 
     def _scores(self, query_XMH: Tensor, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
-        """Scores less the greatest of each query, and those; as they are, and 0, where rounding is fine or a cap follows."""
+        """Scores less the greatest of each query, and these: zeros where rounding is fine or a cap follows."""
         key_XHC = self._key_XSH[:, keys].mT
         if query_XMH.dtype.itemsize > 2 or self._softcap:
             return _product(query_XMH, key_XHC, self._scale), query_XMH.new_zeros(*query_XMH.shape[:2], 1)

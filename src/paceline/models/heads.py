@@ -50,6 +50,13 @@ def auto_class(head: Head) -> Any:
     }[head]
 
 
+def model_class(family: str, head: Head) -> Any:
+    """The class of transformers for a family that has the head."""
+    import transformers
+
+    return getattr(transformers, _class_names(head)[family])
+
+
 def is_encoder(family: str) -> bool:
     """Whether the family's attention looks both ways unless its config says ``is_decoder``."""
     return family in _class_names("masked") or family == "bert-generation"

@@ -16,7 +16,7 @@ from paceline.config import ModelConfig
 from paceline.errors import ConfigError, ModelError
 from paceline.models import attention
 from paceline.models import settings as checked
-from paceline.models.heads import Head, auto_class, is_encoder, require_head
+from paceline.models.heads import Head, auto_class, is_encoder, model_class, require_head
 from paceline.models.initialise import materialise
 from paceline.models.locate import has_tokenizer, locate, read_json
 from paceline.models.presets import PRESETS
@@ -149,8 +149,6 @@ class ModelSource:
             raise ModelError(
                 f"model family {self.family!r} refuses this config: {' '.join(str(error).split())}"
             ) from error
-        if self.attention == attention.MATMUL:
-            attention.check(model)
         return model.train()  # type: ignore[no-any-return]
 
     def build(self, seed: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -166,8 +164,6 @@ class ModelSource:
             require_head(self.family, self.head)
             config = self.hugging_face_config()
             model = load(self.folder, self.head, config, seed=seed, attention=self._attention())
-            if self.attention == attention.MATMUL:
-                attention.check(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         return model.to(device)
@@ -182,6 +178,8 @@ class ModelSource:
         known = ["auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
         if self.attention not in known:
             raise ConfigError(f"model.attention={self.attention!r}: {unknown(self.attention, known)}")
+        if self.attention == attention.MATMUL:
+            attention.check(model_class(self.family, self.head))
         return self.attention
 
 

@@ -12,8 +12,11 @@ class OptimizerConfig(Protocol):
 
     lr: float
     """The peak rate; the schedule multiplies it by a factor."""
-    state_per_parameter: int
-    """Tensors like the parameter that the optimizer keeps."""
+
+    @property
+    def state_per_parameter(self) -> int:
+        """Tensors like the parameter that the optimizer keeps."""
+        ...
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over named parameters."""

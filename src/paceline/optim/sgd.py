@@ -1,7 +1,7 @@
 """Stochastic gradient descent, with momentum if asked: the optimizer of proofs, for it hides no scale error."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,12 +22,15 @@ class SGD(Options):
     weight_decay: NonNegative = 0.0
     """Added to the gradient, for matrices only."""
 
-    state_per_parameter: ClassVar[int] = 1
-
     def model_post_init(self, _: Any) -> None:
         """Refuse what torch refuses."""
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0")
+
+    @property
+    def state_per_parameter(self) -> int:
+        """The momentum, if there is any."""
+        return int(self.momentum > 0)
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over named parameters."""

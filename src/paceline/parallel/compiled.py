@@ -29,7 +29,7 @@ def compile_blocks(model: nn.Module) -> int:
 
 
 class _Compiled:
-    """A forward that is compiled in training mode only: evaluation and sampling come in every length, each a new graph."""
+    """A forward that is compiled in training mode only: evaluation and sampling come in many lengths."""
 
     def __init__(self, part: nn.Module) -> None:
         self._part = part

@@ -22,16 +22,27 @@ from paceline.train.records import write_text
 PROMPT = "def read_lines(path):\n"
 
 CONFIG: dict[str, Any] = {
-    "model": {"preset": "llama-1m"},
+    "model": {
+        "config": {
+            "model_type": "llama",
+            "vocab_size": 4096,
+            "hidden_size": 128,
+            "intermediate_size": 288,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+        }
+    },
     "data": {"source": "python-docs"},
-    "optimizer": {"name": "adamw", "lr": 6.0e-3},
-    "schedule": {"name": "cosine", "warmup_steps": 30},
-    "batch": {"sequences": 16, "sequence_tokens": 256},
+    "optimizer": {"name": "adamw", "lr": 2.5e-3},
+    "schedule": {"name": "linear", "warmup_steps": 50, "final": 0.0},
+    "batch": {"sequences": 8, "sequence_tokens": 256},
     "replicas": 2,
     "sync": "all_reduce",
-    "train": {"steps": 550},
-    "checkpoint": {"every": 200},
-    "evaluate": {"every": 110, "sequences": 128, "prompts": [PROMPT], "sample_tokens": 64},
+    "train": {"steps": 1750},
+    "checkpoint": {"every": 500},
+    "evaluate": {"every": 350, "sequences": 128, "prompts": [PROMPT], "sample_tokens": 64},
 }
 
 

@@ -1,5 +1,6 @@
 """``paceline train``: from a config to a trained model, its checkpoints, its export and its report."""
 
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from paceline.comm.device import claim as claim_device
 from paceline.comm.ranks import Coordinates
-from paceline.comm.world import Rendezvous, join
+from paceline.comm.world import Rendezvous, World, join
 from paceline.config import Config
 from paceline.errors import ConfigError
 from paceline.export import hugging_face
@@ -190,10 +191,13 @@ def run_rank(
         join(coordinates, device, rendezvous) as world,
         Loop(assemble(config, world, say=say), stop_request=stop_request) as loop,
     ):
+        processes = _all_processes(world) if line is None else None
         if coordinates.is_leader:
             info = open_records(loop, display=line is None, extra=[_Forward(line)] if line else [])
             if line:
                 line.send("info", info=asdict(info))
+            if processes is not None:
+                run_folder.write_processes(Path(config.train.output), processes)
         loss = None
         for event in loop.steps():
             loss = event.loss
@@ -209,6 +213,17 @@ def run_rank(
             held_out_loss=newest.loss if newest else None,
             bits_per_byte=newest.bits_per_byte if newest else None,
         )
+
+
+def _all_processes(world: World) -> list[dict[str, Any]]:
+    """Every rank that a launcher of its own started, as they tell each other through the store; the leader's answer."""
+    own = {"pid": os.getpid(), "role": "rank", "replica": world.coordinates.replica, "rank": world.coordinates.rank}
+    if world.store is None:
+        return [own]
+    world.store.set(f"process/{world.coordinates.global_rank}", json.dumps(own))
+    if not world.coordinates.is_leader:
+        return []
+    return [json.loads(world.store.get(f"process/{rank}")) for rank in range(world.coordinates.global_ranks)]
 
 
 def _leave_results(loop: Loop) -> None:

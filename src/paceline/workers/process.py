@@ -73,8 +73,12 @@ def told_error(message: Message, log: Path) -> PacelineError:
 
 
 def start_method() -> str:
-    """Fork where no GPU driver is: the parent has imported everything. A GPU's context does not survive a fork."""
-    return "spawn" if os.path.exists("/dev/nvidia0") else "fork"
+    """Fork where it is safe, for the parent has imported everything. A GPU's context does not survive a fork.
+
+    Threads do not either: a rank would wait for those that OpenMP made for the parent's own work with torch.
+    """
+    threads = len(os.listdir("/proc/self/task"))
+    return "spawn" if threads > 1 or os.path.exists("/dev/nvidia0") else "fork"
 
 
 def _run(main: Main, connection: Connection, log: Path, debug: bool) -> None:
