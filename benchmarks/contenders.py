@@ -216,7 +216,7 @@ def rows_and_model() -> tuple[Rows, Callable[[], Any]]:
     from paceline.config import Config
     from paceline.train.assemble import prepare_data, resolve_model
 
-    parsed = Config.parse(config("", steps=1, setting=SETTINGS["trainer"]))
+    parsed = Config.parse(config("unused", steps=1, setting=SETTINGS["trainer"]))
     source = resolve_model(parsed)
     assert source is not None
     prepared = prepare_data(parsed, source, say=lambda _: None)

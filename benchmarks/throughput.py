@@ -4,10 +4,10 @@
 
 Peers are transformers.Trainer (needs ``pip install paceline[bench]``) and a loop as people write it by hand, each in
 several settings; so is paceline. Everything trains the same model from the same weights on the same token file, with
-AdamW and clipping; every measurement is a fresh process (or several), and steps are timed by the same clock after warm-up
-steps, in which compilation falls. Every setting runs first, twice. Then the fastest of ours and the fastest of the peers
-run in turns, first one ahead, then the other. What counts is the lower end of the 90 % interval of the ratio of their
-speeds (Student's t on the logarithms); the last line of ``--json`` gives it as ``ratio_to_best_peer``.
+AdamW and clipping. Every measurement is a fresh process (or several), and steps are timed by the same clock, after
+warm-up steps in which compilation falls. Every setting runs first, twice. Then the fastest of ours and the fastest of
+the peers run in turns, now one first, now the other. What counts is the lower end of the 90 % interval of the ratio of
+their speeds (Student's t on the logarithms); the last line of ``--json`` gives it as ``ratio_to_best_peer``.
 
 Run it on a quiet machine: single runs differ by several per cent even there.
 """
@@ -165,7 +165,8 @@ def compare(names: Sequence[str], *, rounds: int, pairs: int, steps: int, warmup
     print(f"\n{table(runs, first['flops_per_token'], peak)}\n")
     print(f"MFU = ({FLOPS_FORMULA}) x tokens/s / {peak / 1e9:,.0f} GFLOP/s, the bf16 matrix-product peak measured")
     print(
-        f"{ours} / {peer}: speed {speed.middle:.3f} (90 % interval {speed.low:.3f} to {speed.high:.3f}), memory {memory:.3f}"
+        f"{ours} / {peer}: speed {speed.middle:.3f} (90 % interval {speed.low:.3f} to {speed.high:.3f}), "
+        f"memory {memory:.3f}"
     )
     return {
         "ratio_to_best_peer": speed.low,

@@ -75,6 +75,23 @@ def test_overrides_reach_into_strategies_and_leave_the_tree_alone():
     assert tree == {"sync": "all_reduce", "train": {"steps": 3}}
 
 
+def test_overrides_reach_into_a_strategy_that_is_left_to_its_default():
+    config = Config.parse(override(LEAST, ["optimizer.lr=0.5", "sync.bucket_mib=2"]))
+    assert strategy_name(config.optimizer) == "adamw" and config.optimizer.lr == 0.5
+    assert strategy_name(config.sync) == "all_reduce" and config.sync.bucket_mib == 2
+
+
+@pytest.mark.parametrize("key", ["data.field", "data.tokenizer", "data.cache", "train.output"])
+def test_empty_texts_are_refused(key):
+    assert problems(override(LEAST, [f'{key}=""'])) == (f"{key}='': expected at least 1 character",)
+
+
+@pytest.mark.parametrize("source", ["''", "[a.txt, '']", "[{source: ''}]"])
+def test_an_empty_source_is_refused(source):
+    (problem,) = problems(override(LEAST, [f"data.source={source}"]))
+    assert "source is an empty text" in problem
+
+
 @pytest.mark.parametrize("text", ["=3", "a..b=1", "steps"])
 def test_malformed_overrides(text):
     with pytest.raises(ConfigError, match=r"expected key\.path=value"):

@@ -1,11 +1,12 @@
-"""The command line. Every command takes ``--json``, which prints one JSON document as the last line of its output (of a
-command that failed: its ``error``), and ``--debug``; ``main`` reads both. With ``--debug`` an error shows its traceback.
+"""The command line. Every command takes ``--json``, which prints one JSON document as the last line of its output (of
+a command that failed: its ``error``), and ``--debug``; ``main`` reads both. ``--debug`` shows an error's traceback.
 
 Nothing heavy is imported before a command needs it: ``paceline --help`` must be quick.
 """
 
 import json
 import os
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -175,6 +176,8 @@ def main() -> None:
             _fail(f"{type(error).__name__}: {error}", error.exit_status)
         hint = "" if debug else " Run again with --debug for the traceback."
         _fail(f"internal error: {type(error).__name__}: {' '.join(str(error).split())}.{hint}", 1)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the interpreter's own end
 
 
 def _fail(message: str, status: int) -> None:
@@ -192,4 +195,4 @@ def _open_closed_streams() -> None:
             null = os.open(os.devnull, os.O_RDWR)
             if null != number:
                 os.dup2(null, number)
-            setattr(sys, name, open(number, "r" if number == 0 else "w"))
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))

@@ -27,6 +27,7 @@ Natural = Annotated[int, Field(ge=0), BeforeValidator(_not_bool)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_not_bool)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Options(BaseModel):
@@ -74,23 +75,25 @@ class DataConfig(Options):
     """What one document is; ``auto``: a row in JSON lines, CSV and Parquet, a file elsewhere."""
     split: Literal["sample", "sentence", "file"] = "sample"
     """What is dealt out to replicas: packed rows, sentences (shuffled, then packed), or whole files."""
-    field: str = "text"
+    field: Text = "text"
     """The column of JSON lines, CSV and Parquet that holds the text."""
     held_out: Fraction = 0.01
     """Share of the documents, chosen by a hash of their text, that is measured on and never trained on."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """A folder or hub name; default: the model's own, or a byte-level BPE trained on the data."""
     vocabulary: Count | None = None
     """Entries of a tokenizer trained on the data; default: as many as the model has, or 8192."""
     isolate_documents: bool = False
     """Positions restart and attention does not cross at a document boundary inside a packed row."""
-    cache: str | None = None
+    cache: Text | None = None
     """Folder of tokenised data; default: ``$PACELINE_CACHE`` or ``~/.cache/paceline``."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if not self.sources:
             raise ValueError("source is an empty list; expected at least one path")
+        if not all(source.source for source in self.sources):
+            raise ValueError("source is an empty text; expected a path, directory, glob or named corpus")
         return self
 
     @property
@@ -133,7 +136,7 @@ class TrainConfig(Options):
 
     steps: Count
     """Steps of the whole run; a run that is continued goes on to this one."""
-    output: str = "runs/run"
+    output: Text = "runs/run"
     """The run's folder."""
     clip_norm: Positive | None = 1.0
     """Global gradient norm above which gradients are scaled down; null switches clipping off."""
@@ -310,8 +313,9 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         node = result
         for key in keys[:-1]:
             child = node.get(key)
-            if isinstance(child, str) and key in STRATEGIES:
-                child = {"name": child}
+            if node is result and key in STRATEGIES:
+                child = STRATEGIES[key][1] if child is None else child
+                child = {"name": child} if isinstance(child, str) else child
             node[key] = child = dict(child) if isinstance(child, dict) else {}
             node = child
         node[keys[-1]] = _yaml(text, f"override {item!r}")
@@ -363,7 +367,7 @@ def _sentences(error: ValidationError, model: type[Options], prefix: tuple[str, 
         else:
             message = problem["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:].replace("Input should be", "expected")
-            message = message.replace("input should be", "expected")
+            message = message.replace("input should be", "expected").replace("string should have", "expected")
             value = problem["input"]
             shown = f"={value!r}" if not isinstance(value, dict | BaseModel) else ""
             sentence = f"{path}{shown}: {message}"

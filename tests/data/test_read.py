@@ -129,3 +129,17 @@ def test_the_raw_text_of_a_bad_row_is_cut_and_can_be_written(raw: str | bytes, k
     assert row.raw == kept
     assert str(row) == "f, row 3: why"
     row.raw.encode()
+
+
+def test_what_is_no_file_is_told_and_does_not_suggest_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    with pytest.raises(DataError, match="neither a file nor a directory; expected a path"):
+        find(str(tmp_path / "loop.txt"))
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(DataError, match=r"no such file or directory, did you mean '.*/text\.txt'"):
+        find(str(tmp_path / "texd.txt"))
+
+
+def test_the_home_of_nobody_is_refused() -> None:
+    with pytest.raises(DataError, match="no home folder of that user"):
+        find("~nobody-has-this-name/x.txt")

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from paceline import registry
+from paceline.errors import PlanError
 from paceline.optim.adamw import AdamW
 from paceline.optim.constant import Constant
 from paceline.optim.cosine import Cosine
@@ -65,11 +66,10 @@ def test_nesterov_needs_momentum():
         SGD(nesterov=True)
 
 
-@pytest.mark.parametrize("name", list(registry.OPTIMIZERS))
-def test_what_the_plan_says_of_state_is_what_is_kept(name):
-    options = registry.OPTIMIZERS.load(name)()
-    if name == "sgd":
-        options = SGD(momentum=0.9)
+@pytest.mark.parametrize(
+    "options", [*(registry.OPTIMIZERS.load(name)() for name in registry.OPTIMIZERS), SGD(momentum=0.9)]
+)
+def test_what_the_plan_says_of_state_is_what_is_kept(options):
     held = parameters()
     optimizer = options.build(held)
     for p in held.values():
@@ -97,3 +97,8 @@ def test_shapes_of_the_schedules():
     assert linear.factor(35, 110) == pytest.approx(0.8)
     assert Constant().factor(1, 9) == 1.0 and Constant(warmup_steps=4).factor(3, 9) == 0.75
     assert Cosine().factor(5, 100) == 1.0, "a twentieth of the run is the default warm-up"
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    with pytest.raises(PlanError, match="nothing to train"):
+        AdamW().build({})

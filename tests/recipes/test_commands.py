@@ -1,10 +1,15 @@
 import json
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from commands import paceline, tiny_config, write_texts
 from paceline.config import read
+from paceline.serve.generate import generate
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +108,36 @@ def test_the_demo_from_end_to_end(folder):
     assert "gzip -9" in (folder / "demo" / "report.html").read_text()
     again = paceline(folder, "demo", "--output", "demo", *small)
     assert again.status == 1 and "complete already" in again.err
+
+
+def test_a_failed_command_ends_with_json_too(folder):
+    ended = paceline(folder, "report", "nowhere", "--json")
+    assert ended.status == 1 and ended.json() == {"error": ended.err.strip()}
+    assert paceline(folder, "report", "nowhere").out == ""
+
+
+def test_generate_says_in_one_line_what_it_cannot_use(folder):
+    shutil.copytree(folder / "run" / "export", folder / "damaged")
+    (folder / "damaged" / "model.safetensors").write_bytes(b"cut")
+    shutil.copytree(folder / "run" / "export", folder / "mute")
+    (folder / "mute" / "tokenizer.json").unlink()
+    for place, prompt, expected in (
+        ("damaged", "The", "ModelError: damaged cannot be loaded"),
+        ("mute", "The", "ModelError: mute cannot be loaded"),
+        ("run", "\udcff", "ConfigError: the prompt is not valid UTF-8"),
+    ):
+        ended = paceline(folder, "generate", place, prompt)
+        assert ended.status and ended.err.startswith(expected) and len(ended.err.splitlines()) == 1, ended
+
+
+def test_generation_ends_when_its_reader_leaves(folder):
+    pieces = generate(folder / "run", "The", tokens=40, temperature=1.0, seed=0)
+    next(pieces)
+    pieces.close()
+    assert not [thread for thread in threading.enumerate() if "run" in thread.name]
+
+
+def test_closed_streams_are_not_taken_by_files():
+    program = "import os, paceline.cli as c; c._open_closed_streams(); print(os.dup(2)); os._exit(os.dup(2))"
+    ended = subprocess.run(["sh", "-c", f"exec {sys.executable} -c '{program}' <&- >&-"], check=False)
+    assert ended.returncode > 2

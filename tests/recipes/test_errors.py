@@ -58,6 +58,7 @@ OVERRIDES = {
         "fewer than the 65 that one sequence takes",
     ),
     "empty data": (["data.source=empty.txt"], "empty.txt"),
+    "no data named": (["data.source=''"], "source is an empty text"),
     "binary data": (["data.source=binary.txt"], "binary.txt"),
     "no such column": (["data={source: rows.jsonl, field: body}"], "body"),
     "not a table": (["data={source: texts, document: row}"], "row"),

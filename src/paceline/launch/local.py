@@ -12,7 +12,7 @@ from pathlib import Path
 from paceline.comm.ranks import Coordinates
 from paceline.comm.world import Rendezvous
 from paceline.errors import WorkerError
-from paceline.workers.process import Child, Line, Message, start_method, told_error
+from paceline.workers.process import Child, Line, Message, told_error, torch_start_method
 
 RankMain = Callable[[Coordinates, Rendezvous, Line], None]
 _GRACE_S = 5.0
@@ -44,7 +44,7 @@ class LocalRun:
                 f"rank {c.global_rank} (replica {c.replica})",
                 _RankStart(main, c),
                 logs / f"rank-{c.global_rank:04d}.log",
-                method=start_method(),
+                method=torch_start_method(),
                 debug=debug,
             )
             for c in coordinates

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from paceline.errors import PlanError
+
 
 class OptimizerConfig(Protocol):
     """The frozen config class of an optimizer."""
@@ -30,7 +32,12 @@ class ScheduleConfig(Protocol):
 
 
 def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices decay; norms, biases and other vectors do not. Names stand in ``names``."""
+    """Two parameter groups: matrices decay; norms, biases and other vectors do not. Names stand in ``names``.
+
+    ``PlanError`` if there is no parameter to train.
+    """
+    if not parameters:
+        raise PlanError("the model has nothing to train: no parameter of it has requires_grad")
     groups: list[dict[str, Any]] = []
     for decays in (True, False):
         members = {name: p for name, p in parameters.items() if (p.ndim >= 2) is decays}

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
+
+from safetensors import SafetensorError
 
 from paceline.config import read_tree
 from paceline.errors import ConfigError, ModelError
@@ -21,6 +23,10 @@ def generate(run: Path, prompt: str, *, tokens: int, temperature: float, seed: i
         )
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one character to continue")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("the prompt is not valid UTF-8") from None
     _refuse_backward(folder)
     import transformers
 
@@ -32,8 +38,12 @@ def generate(run: Path, prompt: str, *, tokens: int, temperature: float, seed: i
         raise ModelError(
             f"{folder} holds {name or 'a model'}, which does not continue text; train with objective=next_token"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder} cannot be loaded, a file of it is missing or damaged: {reason}") from error
     yield from _stream(model, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
 
 
@@ -51,7 +61,7 @@ def _refuse_backward(folder: Path) -> None:
 
 def _stream(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
     import torch
-    from transformers import TextIteratorStreamer
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -62,6 +72,7 @@ def _stream(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature
         )
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
+    left = Event()
 
     def run() -> None:
         torch.manual_seed(seed)
@@ -75,6 +86,7 @@ def _stream(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature
                 max_new_tokens=tokens,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
                 streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([lambda ids, _: torch.full(ids.shape[:1], left.is_set())]),
                 **sampling,
             )
         except BaseException as error:
@@ -83,7 +95,10 @@ def _stream(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:  # whoever reads may leave early, and the process must not end while torch computes
+        left.set()
+        thread.join()
     if failure:
         raise ModelError(f"generation failed: {type(failure[0]).__name__}: {failure[0]}") from failure[0]

@@ -73,12 +73,17 @@ def told_error(message: Message, log: Path) -> PacelineError:
 
 
 def start_method() -> str:
-    """Fork where it is safe, for the parent has imported everything. A GPU's context does not survive a fork.
+    """Fork where no GPU driver is: the parent has imported everything. A GPU's context does not survive a fork."""
+    return "spawn" if os.path.exists("/dev/nvidia0") else "fork"
 
-    Threads do not either: a rank would wait for those that OpenMP made for the parent's own work with torch.
+
+def torch_start_method() -> str:
+    """The same for a child that computes with torch: in a parent that has done so, it cannot be forked.
+
+    It would wait forever for the parent's OpenMP threads. Any thread counts as one; NumPy's own end themselves when
+    the data is prepared, at the first fork.
     """
-    threads = len(os.listdir("/proc/self/task"))
-    return "spawn" if threads > 1 or os.path.exists("/dev/nvidia0") else "fork"
+    return "spawn" if len(os.listdir("/proc/self/task")) > 1 else start_method()
 
 
 def _run(main: Main, connection: Connection, log: Path, debug: bool) -> None:
