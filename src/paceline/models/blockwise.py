@@ -96,7 +96,7 @@ def _attention_backward(
     blocks = _Blocks(query, key, bias, seed, greatest_BQN1, causal, scale, softcap, dropout)
     grads = _empty_gradients(query, key, value, bias if bias_learns else None)
     grad_query, grad_key, grad_value, grad_bias = grads
-    key_XSH, value_XSV = key.flatten(0, 1), value.flatten(0, 1)
+    key_XSH, value_XSV = blocks.key_XSH, value.flatten(0, 1)
     sums = torch.promote_types(query.dtype, torch.float32)  # over blocks: rounding each to bf16 would lose bits
     grad_key_XSH, grad_value_XSV = (torch.zeros_like(x, dtype=sums) for x in (key_XSH, value_XSV))
     grad_bias.zero_()
@@ -199,7 +199,7 @@ class _Blocks:
         dropout: float,
     ) -> None:
         self._query_BQNH = query_BNQH.transpose(1, 2)
-        self._key_XSH = key_BKSH.flatten(0, 1)
+        self.key_XSH = key_BKSH.flatten(0, 1)
         self._batch, self._heads = key_BKSH.shape[:2]
         self._bias = bias
         self._seed = seed
@@ -212,7 +212,7 @@ class _Blocks:
     def take(self, x_BQNE: Tensor, rows: slice) -> Tensor:
         """Some rows of all heads as matrices: (X, M, E)."""
         x_BRKGE: Tensor = x_BQNE[:, rows].unflatten(2, (self._heads, -1))
-        return x_BRKGE.permute(0, 2, 3, 1, 4).reshape(len(self._key_XSH), -1, x_BQNE.shape[-1])
+        return x_BRKGE.permute(0, 2, 3, 1, 4).reshape(len(self.key_XSH), -1, x_BQNE.shape[-1])
 
     def put(self, x_BQNE: Tensor, rows: slice, block_XME: Tensor) -> None:
         """Write matrices (X, M, E) to some rows of all heads."""
@@ -226,10 +226,10 @@ class _Blocks:
     def __iter__(self) -> Iterator[_Block]:
         generator = None
         if self._seed is not None:
-            generator = torch.Generator(self._key_XSH.device).manual_seed(int(self._seed))
+            generator = torch.Generator(self.key_XSH.device).manual_seed(int(self._seed))
         seen_QS = None if self._bias is None else _sees(self._bias).flatten(0, 1).any(0)
         batch, queries, heads, _ = self._query_BQNH.shape
-        keys = self._key_XSH.shape[1]
+        keys = self.key_XSH.shape[1]
         step = max(1, min(BLOCK_ROWS, BLOCK_SCORES // (batch * heads * keys)))
         for begin in range(0, queries, step):
             rows = slice(begin, min(begin + step, queries))
@@ -237,7 +237,7 @@ class _Blocks:
 
     def _range(self, rows: slice, seen_QS: Tensor | None) -> slice:
         """The keys that some query of ``rows`` sees; one where they see none."""
-        end = rows.stop if self._causal else self._key_XSH.shape[1]
+        end = rows.stop if self._causal else self.key_XSH.shape[1]
         if seen_QS is None:
             return slice(0, end)
         seen = seen_QS[rows, :end].any(0).nonzero()
@@ -270,7 +270,7 @@ class _Blocks:
 
     def _scores(self, query_XMH: Tensor, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
         """Scores less the greatest of each query, and these: zeros where rounding is fine or a cap follows."""
-        key_XHC = self._key_XSH[:, keys].mT
+        key_XHC = self.key_XSH[:, keys].mT
         if query_XMH.dtype.itemsize > 2 or self._softcap:
             return _product(query_XMH, key_XHC, self._scale), query_XMH.new_zeros(*query_XMH.shape[:2], 1)
         if self._greatest_BQN1 is not None:

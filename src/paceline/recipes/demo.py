@@ -40,9 +40,9 @@ CONFIG: dict[str, Any] = {
     "batch": {"sequences": 8, "sequence_tokens": 256},
     "replicas": 2,
     "sync": "all_reduce",
-    "train": {"steps": 1750},
+    "train": {"steps": 1650},
     "checkpoint": {"every": 500},
-    "evaluate": {"every": 350, "sequences": 128, "prompts": [PROMPT], "sample_tokens": 64},
+    "evaluate": {"every": 275, "sequences": 128, "prompts": [PROMPT], "sample_tokens": 64},
 }
 
 

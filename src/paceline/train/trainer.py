@@ -184,10 +184,10 @@ class Loop:
             checkpoint.verify()
             values: Any = checkpoint.values
             for key, now in self._identity().items():
-                if values[key] != now:
+                if values.get(key) != now:
                     raise CheckpointError(
                         f"step {checkpoint.step} in {self.parts.config.train.output!r} was trained with "
-                        f"{key}={values[key]!r}, this config has {now!r}: that is another run. Restore the config, or "
+                        f"{key}={values.get(key)!r}, this config has {now!r}: that is another run. Restore the config, or "
                         "choose another train.output."
                     )
             parts = self.parts
