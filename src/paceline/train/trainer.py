@@ -187,8 +187,8 @@ class Loop:
                 if values.get(key) != now:
                     raise CheckpointError(
                         f"step {checkpoint.step} in {self.parts.config.train.output!r} was trained with "
-                        f"{key}={values.get(key)!r}, this config has {now!r}: that is another run. Restore the config, or "
-                        "choose another train.output."
+                        f"{key}={values.get(key)!r}, this config has {now!r}: that is another run. Restore the "
+                        "config, or choose another train.output."
                     )
             parts = self.parts
             state.restore(parts.model, parts.replica, parts.sync, self._place, checkpoint, self._layout)
