@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from paceline.comm import link
+from paceline.comm.mesh import Mesh
 from paceline.config import choose
 from paceline.data.rows import Row
 from paceline.data.tokenizer import SpecialTokens
@@ -91,7 +92,7 @@ def train(
     model = tiny_llama()
     if freeze:
         model.get_parameter(freeze).requires_grad_(False)
-    replica = ModuleReplica(Masters(model, dtype), SGD(lr=0.3), clip_norm)
+    replica = ModuleReplica(Masters(model, dtype), SGD(lr=0.3), clip_norm, mesh=Mesh.alone())
     strategy = choose(SYNCS, sync or {"name": "all_reduce", "bucket_mib": 0.002}).build(between)  # type: ignore[attr-defined]
     strategy.start(replica)
     goal = objective()

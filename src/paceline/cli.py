@@ -68,6 +68,30 @@ def train(
 
 
 @app.command()
+def verify(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    layouts: Annotated[
+        str | None,
+        typer.Option(help="'shard=2,tensor=2; pipeline=4' and so on, 'all', or 'pairs'; by default the config's own."),
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="The most ranks to start.")] = 8,
+    dtype: Annotated[str, typer.Option(help="fp64 or fp32.")] = "fp64",
+    full: Annotated[bool, typer.Option("--full", help="The model as it is, not made small.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prove on a config's own model that a layout learns exactly what one process learns."""
+    from paceline.config import read
+    from paceline.verify.run import verify as run
+
+    table = run(read(config, overrides or []), layouts, ranks=ranks, dtype=dtype, full=full)
+    _finish(table.text(), table.values(), as_json)
+    if not table.is_good:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
     overrides: Overrides = None,

@@ -118,13 +118,22 @@ class LayoutConfig(Options):
     """How one replica's computation is cut over its own ranks."""
 
     shard: Count = 1
-    """Ranks that share the states of one replica (ZeRO); only 1 in this version."""
+    """Ranks that share the states of one replica, each with sequences of its own (ZeRO)."""
+    zero: Literal[1, 2, 3] = 3
+    """What ``shard`` and ``context`` ranks share: 1 the optimizer's states, 2 gradients too, 3 weights too."""
     tensor: Count = 1
-    """Ranks that share each matrix; only 1 in this version."""
+    """Ranks that share each matrix."""
+    sequence: bool = False
+    """Cut what lies between the matrices of ``tensor`` ranks along the sequence (sequence parallelism)."""
     pipeline: Count = 1
-    """Stages of blocks; only 1 in this version."""
+    """Ranks that hold one part of the blocks each."""
+    schedule: Text = "1f1b"
+    """Order of a pipeline's micro-batches: gpipe, 1f1b, interleaved1f1b, looped_bfs, interleaved_zero_bubble, zbv,
+    dualpipev, or a CSV file."""
     context: Count = 1
-    """Ranks that share each sequence; only 1 in this version."""
+    """Ranks that share each sequence."""
+    attention: Literal["ring", "ulysses"] = "ring"
+    """How ``context`` ranks attend: keys and values go round, or heads are dealt out."""
     expert: Count = 1
     """Ranks that share the experts of a mixture; only 1 in this version."""
     recompute: Literal["none", "full"] = "none"

@@ -62,6 +62,7 @@ OPTIMIZERS = Table(
     "optimizer",
     {
         "adamw": "paceline.optim.adamw:AdamW",
+        "muon": "paceline.optim.muon:Muon",
         "sgd": "paceline.optim.sgd:SGD",
     },
 )

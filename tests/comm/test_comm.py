@@ -6,6 +6,7 @@ from paceline.comm.link import LocalLink, all_reduce_bytes
 from paceline.comm.ranks import ALONE, Coordinates
 from paceline.comm.world import Rendezvous, join
 from paceline.errors import LinkError, PlanError
+from paceline.plan.layout import Grid
 
 
 def test_ranks_of_a_replica_are_neighbours():
@@ -13,15 +14,22 @@ def test_ranks_of_a_replica_are_neighbours():
     assert [(p.replica, p.rank) for p in places] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert [p.global_rank for p in places] == list(range(6)) and places[0].global_ranks == 6
     assert [p.is_leader for p in places] == [True] + [False] * 5
-    assert [p.is_replica_leader for p in places] == [True, False] * 3
 
 
 def test_the_processor_is_claimed_with_its_share_of_cores():
     device = claim(ALONE)
     assert device.torch_device == torch.device("cpu") and device.backend == "gloo"
     assert device.threads == torch.get_num_threads() == 1  # OMP_NUM_THREADS of the tests
-    assert device.best_dtype == (torch.bfloat16 if cpu_has_bf16_units() else torch.float32)
+    assert device.has_bf16_units == cpu_has_bf16_units()
     assert cores() >= 1 and device.name
+
+
+def test_threads_of_several_levels_and_none_at_all(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1,2")
+    assert claim(ALONE).threads == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    with pytest.raises(PlanError, match="OMP_NUM_THREADS='many'"):
+        claim(ALONE)
 
 
 def test_the_measured_peak_is_a_speed():
@@ -42,7 +50,7 @@ def test_a_link_to_nobody_sends_nothing():
 
 
 def test_a_single_process_joins_without_a_store():
-    with join(ALONE, claim(ALONE), None) as world:
+    with join(ALONE, claim(ALONE), None, Grid()) as world:
         assert isinstance(world.link, LocalLink) and world.store is None
 
 

@@ -15,7 +15,7 @@ def test_who_this_process_is():
     assert (place.replica, place.replicas, place.rank, place.local_rank, place.local_ranks) == (3, 4, 0, 1, 2)
     sharded = torchrun.coordinates(2, 2, STARTED)
     assert (sharded.replica, sharded.rank, sharded.ranks, sharded.global_rank) == (1, 1, 2, 3)
-    assert not sharded.is_leader and not sharded.is_replica_leader
+    assert not sharded.is_leader
 
 
 def test_another_number_of_processes_is_refused():

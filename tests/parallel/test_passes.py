@@ -77,6 +77,13 @@ def test_masters_of_the_same_dtype_are_the_parameters():
     assert Masters(model, torch.float32).parameters["weight"] is model.weight
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masters_of_a_bf16_module_are_fp32(dtype):
+    model = nn.Linear(3, 2, dtype=torch.bfloat16)
+    masters = Masters(model, dtype)
+    assert model.weight.dtype == dtype and masters.parameters["weight"].dtype == torch.float32
+
+
 def test_masters_gather_bf16_gradients_in_fp32():
     """256 + 1 is not a bf16 number: accumulated in bf16, the small gradients would be lost."""
     model = nn.Linear(1, 1, bias=False)

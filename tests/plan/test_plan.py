@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from paceline.config import BatchConfig, LayoutConfig
 from paceline.errors import PlanError
 from paceline.plan.batch import plan_batch
-from paceline.plan.layout import AXES, ranks_per_replica
+from paceline.plan.layout import Grid
 from paceline.plan.memory import rank_memory
 from paceline.plan.model import ModelSizes
 
@@ -33,23 +33,53 @@ def test_default_micro_batch_is_the_whole_share():
     assert (plan.micro, plan.micro_batches, plan.filling) == (4, 1, 1)
 
 
-@pytest.mark.parametrize("axis", AXES)
-def test_layouts_that_are_not_built_are_refused_by_name(axis):
-    assert ranks_per_replica(LayoutConfig()) == 1
-    with pytest.raises(PlanError, match=f"layout.{axis}=2"):
-        ranks_per_replica(LayoutConfig(**{axis: 2}))
+def test_places_fill_the_grid_with_tensor_fastest():
+    grid = Grid(pipeline=2, shard=3, context=1, tensor=2)
+    places = [grid.place(rank) for rank in range(grid.ranks)]
+    assert grid.ranks == 12 and len(set(map(repr, places))) == 12
+    assert [p.tensor for p in places[:4]] == [0, 1, 0, 1] and [p.shard for p in places[:6]] == [0, 0, 1, 1, 2, 2]
+    assert places[6].pipeline == 1 and grid.cuts(7) == [("pipeline", 1, 2), ("shard", 0, 3), ("tensor", 1, 2)]
+
+
+def test_experts_cannot_be_cut_yet():
+    assert Grid.of(LayoutConfig(shard=2, tensor=3)).ranks == 6
+    with pytest.raises(PlanError, match=r"layout\.expert=2"):
+        Grid.of(LayoutConfig(expert=2))
+
+
+ONE = Grid()
+
+
+def memory(precision="bf16", grid=ONE, zero=3, recompute="none"):
+    model = ModelSizes(parameters=1000, trainable=1000, layers=2, width=8, vocabulary=50)
+    batch = plan_batch(BatchConfig(sequences=2 * grid.shard, sequence_tokens=16), grid.shard)
+    return rank_memory(
+        model,
+        batch,
+        grid=grid,
+        zero=zero,
+        precision=precision,
+        recompute=recompute,
+        state_per_parameter=2,
+        sync_bytes=0,
+    )
 
 
 def test_memory_of_mixed_precision_is_18_bytes_a_parameter():
     """fp32 master 4, bf16 copy 2, fp32 gradient 4, Adam 8."""
-    model = ModelSizes(parameters=1000, trainable=1000, layers=2, width=8, vocabulary=50)
-    batch = plan_batch(BatchConfig(sequences=2, sequence_tokens=16), 1)
-    bf16 = rank_memory(model, batch, precision="bf16", recompute="none", state_per_parameter=2, sync_bytes=0)
-    fp32 = rank_memory(model, batch, precision="fp32", recompute="none", state_per_parameter=2, sync_bytes=0)
+    bf16, fp32 = memory(), memory("fp32")
     assert bf16.states == 18 * 1000 and fp32.states == 16 * 1000
     assert bf16.activations_estimate == 34 * 32 * 8 * 2 and fp32.activations_estimate == 2 * bf16.activations_estimate
-    full = rank_memory(model, batch, precision="bf16", recompute="full", state_per_parameter=2, sync_bytes=0)
-    assert full.activations_estimate == bf16.activations_estimate // 17
+    assert memory(recompute="full").activations_estimate == bf16.activations_estimate // 17
+
+
+def test_memory_of_shards_follows_what_zero_shares():
+    four = Grid(shard=4)
+    third, second, first = (memory(grid=four, zero=zero) for zero in (3, 2, 1))
+    assert (third.master_weights, third.gradients, third.optimizer) == (1000, 1000, 2000)
+    assert (third.compute_weights, second.compute_weights) == (2 * 500, 2 * 1000), "a block, and the whole"
+    assert second.gradients == 1000 and first.gradients == 4000
+    assert memory("fp32", Grid(tensor=2)).states == 16 * 500
 
 
 def test_flops_do_not_count_a_table_that_is_only_looked_up():

@@ -46,7 +46,7 @@ OVERRIDES = {
     "unknown optimizer": (["optimizer={name: adamm}"], "did you mean 'adamw'?"),
     "fewer sequences than ranks": (["replicas=5"], "batch.sequences=4 is fewer than the 5 data-parallel ranks"),
     "micro-batch above the share": (["batch.micro=9"], "batch.micro=9 is more than a rank's share of 4"),
-    "a layout that is not built": (["layout.tensor=2"], "layout.tensor=2"),
+    "a layout that is not built": (["layout.expert=2"], "layout.expert=2"),
     "more tokens than positions": (["batch.sequence_tokens=65"], "65 is more than the model's 64 positions"),
     "override without a value": (["train.steps"], "expected key.path=value"),
     "missing data": (["data.source=nowhere.txt"], "nowhere.txt"),

@@ -3,18 +3,25 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.comm import link
+from paceline.comm.device import claim
+from paceline.comm.mesh import Mesh
+from paceline.comm.ranks import Coordinates
 from paceline.comm.replica import Shard
+from paceline.comm.world import enter
 from paceline.config import Options
 from paceline.errors import LinkError, WorkerError
 from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
+from paceline.parallel.shard import ShardedStates
+from paceline.plan.layout import Grid
+from paceline.schedule.accumulate import Accumulate
 from paceline.sync.all_reduce import AllReduce, bucketed
 from paceline.train.replica import ModuleReplica
+from paceline.train.step import train_step
 from parity import assert_equal_training, identical, on_pool, tiny_llama, train
 from tolerances import FP64_EQUAL
 
@@ -90,7 +97,7 @@ def without_gradient(member):
             self.never = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
 
     model = Two()
-    replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=1.0, weight_decay=0.5), None)
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=1.0, weight_decay=0.5), None, mesh=Mesh.alone())
     sync = AllReduce().build(_link(member))
     sync.start(replica)
     sync.begin(1, replica, 1)
@@ -113,47 +120,22 @@ def test_a_parameter_without_gradient_anywhere_is_left_alone(pool):
 
 
 def sharded(member):
-    """Replicas x shards on FSDP2: each replica a world of its own, links between counterparts (2 x 2 ranks)."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    from paceline.schedule.accumulate import Accumulate
+    """Replicas x shards: each replica a world of its own, links between counterparts (2 x 2 ranks)."""
     from parity import CPU, objective, share
 
-    replica_index, rank = divmod(member.index, 2)
-    dist.init_process_group(
-        "gloo", store=dist.PrefixStore(f"replica/{replica_index}", member.store), rank=rank, world_size=2
-    )
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        model = tiny_llama()
-        for block in [*model.model.layers, model]:
-            fully_shard(block, mesh=mesh)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
-        between = link.connect(
-            member.store, index=replica_index, size=2, coordinate=rank, backend="gloo", timeout_s=30.0, loopback=True
-        )
-        replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=0.3), None)
-        sync = AllReduce(bucket_mib=0.002).build(between)
+    place = Coordinates.of(member.index, replicas=2, ranks=2, local_rank=member.index, local_ranks=4)
+    with enter(place, claim(place), member.store, Grid(shard=2), timeout_s=30.0, loopback=True) as world:
+        model, goal = tiny_llama(), objective()
+        states = ShardedStates(model, world.mesh.states_mesh, torch.float64, zero=3)
+        replica = ModuleReplica(states, SGD(lr=0.3), None, mesh=world.mesh)
+        sync = AllReduce(bucket_mib=0.002).build(world.link)
         sync.start(replica)
-        goal = objective()
         schedule = Accumulate(model, goal, seed=0, device=CPU)
         for step in (1, 2, 3):
-            own = share(step, 8, replica_index, 2, 2)[rank::2]  # the shards of a replica take its micro-batches in turn
-            batches = [goal.batch(micro_rows, seed=0, step=step) for micro_rows in own]
-            counts = torch.tensor([sum(batch.count for batch in batches)])
-            dist.all_reduce(counts)
-            targets = sync.begin(step, replica, int(counts))
-            schedule.run(batches, step=step, scale=1 / targets, expect=replica.expect)
-            replica.end_backward()
-            sync.update(replica)
+            rows = share(step, 8, world.data_rank, world.data_ranks, 2)
+            batches = [goal.batch(micro_rows, seed=0, step=step) for micro_rows in rows]
+            train_step(replica, sync, schedule, batches, step=step, stop=False)
         return {shard.name: shard.parameter.full_tensor().detach() for shard in replica.shards}
-    finally:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def test_works_on_the_local_part_of_sharded_parameters(pool):

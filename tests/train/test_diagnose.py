@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from paceline.comm.link import LocalLink
+from paceline.comm.mesh import Mesh
 from paceline.errors import NonFiniteElsewhere, NonFiniteError
 from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
@@ -21,7 +22,7 @@ def batches():
 
 
 def found(model: nn.Module, dtype: torch.dtype = torch.float64) -> NonFiniteError:
-    replica = ModuleReplica(Masters(model, dtype), SGD(), None)
+    replica = ModuleReplica(Masters(model, dtype), SGD(), None, mesh=Mesh.alone())
     return locate(ERROR, model, replica, objective(), batches(), "replica 0, rank 0")
 
 
@@ -55,7 +56,7 @@ def test_a_rank_without_fault_says_so():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gradients_are_left_clean_and_no_sync_is_told(dtype):
     model, told = tiny_llama(), []
-    replica = ModuleReplica(Masters(model, dtype), SGD(), None)
+    replica = ModuleReplica(Masters(model, dtype), SGD(), None, mesh=Mesh.alone())
     replica.on_gradient_ready(told.append)
     replica.expect(True)  # as the failed step left it
     locate(ERROR, model, replica, objective(), batches(), "replica 0, rank 0")
@@ -67,7 +68,7 @@ def test_step_raises_before_the_weights_change(value):
     model = tiny_llama()
     model.lm_head.register_forward_hook(lambda _m, _i, out: out * value)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    replica = ModuleReplica(Masters(model, torch.float64), SGD(), 1.0)
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(), 1.0, mesh=Mesh.alone())
     sync = AllReduce().build(LocalLink())
     sync.start(replica)
     schedule = Accumulate(model, objective(), seed=0, device=torch.device("cpu"))

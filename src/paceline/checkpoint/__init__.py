@@ -13,10 +13,10 @@ retention.py  which checkpoints stay
 """
 
 from paceline.checkpoint.disk import check_space
-from paceline.checkpoint.exchange import Exchange, LocalExchange
+from paceline.checkpoint.exchange import Exchange, LocalExchange, StoreExchange
 from paceline.checkpoint.folder import newest, steps
 from paceline.checkpoint.manifest import Json
-from paceline.checkpoint.reader import Checkpoint, load
+from paceline.checkpoint.reader import Checkpoint, SavedWeights, load
 from paceline.checkpoint.snapshot import needed_bytes
 from paceline.checkpoint.state import Block, Kind, Rule, TensorState, tensor_state
 from paceline.checkpoint.writer import Checkpointer, Saved
@@ -31,6 +31,8 @@ __all__ = [
     "LocalExchange",
     "Rule",
     "Saved",
+    "SavedWeights",
+    "StoreExchange",
     "TensorState",
     "check_space",
     "load",

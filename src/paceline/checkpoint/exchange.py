@@ -1,7 +1,10 @@
 """How the ranks of a save tell each other short texts, outside the collectives of the training step."""
 
 import threading
+from datetime import timedelta
 from typing import Protocol
+
+from torch.distributed import DistStoreError, PrefixStore, Store
 
 
 class Exchange(Protocol):
@@ -46,3 +49,28 @@ class LocalExchange:
         """See ``Exchange``."""
         with self._changed:
             self._values.pop(key, None)
+
+
+class StoreExchange:
+    """An exchange through a store, over a connection of its own: waiting here keeps nobody else from the store."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = PrefixStore(name, store.clone())  # type: ignore[attr-defined]
+
+    def post(self, key: str, value: str) -> None:
+        """See ``Exchange``."""
+        self._store.set(key, value)
+
+    def collect(self, key_prefix: str, n: int, timeout_s: float) -> list[str]:
+        """See ``Exchange``."""
+        keys = [f"{key_prefix}/{i}" for i in range(n)]
+        try:
+            self._store.wait(keys, timedelta(seconds=timeout_s))
+        except DistStoreError:
+            missing = [key for key in keys if not self._store.check([key])]
+            raise TimeoutError(f"nothing came within {timeout_s:g} s for {', '.join(missing)}") from None
+        return [self._store.get(key).decode() for key in keys]
+
+    def discard(self, key: str) -> None:
+        """See ``Exchange``."""
+        self._store.delete_key(key)

@@ -1,6 +1,6 @@
 """Loading: any box of any tensor of a checkpoint, under whatever layout it was saved, and nothing unnoticed."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -16,6 +16,7 @@ from paceline.checkpoint.manifest import Entry, Json, Manifest, Part
 from paceline.checkpoint.state import Block, Kind, Rule, Shape, TensorState, tied
 from paceline.errors import CheckpointError
 
+_MODEL = "model/"
 _Window: TypeAlias = tuple[slice, ...]
 
 
@@ -115,18 +116,27 @@ class Checkpoint:
                 f"the model, optimizer and sync it was saved with, or start anew in another train.output."
             )
 
-    def restore(self, tensors: Mapping[str, TensorState], *, layout: Mapping[str, int], prefix: str = "") -> None:
+    def restore(
+        self,
+        tensors: Mapping[str, TensorState],
+        *,
+        layout: Mapping[str, int],
+        prefix: str = "",
+        elsewhere: Collection[str] = (),
+    ) -> None:
         """Fill every tensor in place with its own boxes; the counterpart of ``Checkpointer.save``.
 
         Args:
-            tensors: what is to be filled: all names of the checkpoint that begin with ``prefix``, and no others.
+            tensors: what is to be filled: all names of the checkpoint that begin with ``prefix``, and no others,
+                but for those that other ranks alone hold.
             layout: what a ``Checkpointer`` of this run is given.
             prefix: for a part of the state, such as ``model/``.
+            elsewhere: names that other ranks alone hold.
 
         Raises ``CheckpointError`` if names, dtypes, shapes or kinds differ, if opaque state meets another layout, or if
         names that share memory here were saved with different values.
         """
-        self.require(tensors.keys(), prefix=prefix)
+        self.require({*tensors, *elsewhere}, prefix=prefix)
         problems = [text for name in sorted(tensors) if (text := self._mismatch(name, tensors[name], layout))]
         if problems:
             raise CheckpointError(f"step {self.step} does not fit this run: {_some(problems, '; ')}")
@@ -210,6 +220,25 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path / name} is damaged: sha256 {found[:12]}..., expected {record.sha256[:12]}...."
                 )
+
+
+class SavedWeights(Mapping[str, Tensor]):
+    """The model of a checkpoint, by the names of its state, each tensor read whole when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._names = [name.removeprefix(_MODEL) for name in checkpoint.names if name.startswith(_MODEL)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._checkpoint.tensor(_MODEL + name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _opened(folder: Path, step: int) -> Checkpoint:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline.comm.ranks import Coordinates
+from paceline.errors import PlanError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +22,6 @@ class Device:
     name: str
     has_bf16_units: bool
     threads: int
-
-    @property
-    def best_dtype(self) -> torch.dtype:
-        """bf16 where the device has units for it, else fp32."""
-        return torch.bfloat16 if self.has_bf16_units else torch.float32
 
 
 def claim(coordinates: Coordinates) -> Device:
@@ -43,7 +39,7 @@ def claim(coordinates: Coordinates) -> Device:
             has_bf16_units=torch.cuda.is_bf16_supported(including_emulation=False),
             threads=torch.get_num_threads(),
         )
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // coordinates.local_ranks)
+    threads = _asked_threads() or max(1, cores() // coordinates.local_ranks)
     torch.set_num_threads(threads)
     _keep_freed_memory()
     return Device(
@@ -53,6 +49,14 @@ def claim(coordinates: Coordinates) -> Device:
         has_bf16_units=cpu_has_bf16_units(),
         threads=threads,
     )
+
+
+def _asked_threads() -> int:
+    """Of ``OMP_NUM_THREADS``, which may hold a number for each level of nesting; 0 if it says nothing."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked and not (asked.isdecimal() and int(asked)):
+        raise PlanError(f"OMP_NUM_THREADS={asked!r}: expected a number of threads, 1 or more; mend or unset it")
+    return int(asked or 0)
 
 
 def _keep_freed_memory() -> None:

@@ -32,11 +32,6 @@ class Coordinates:
         return self.replicas * self.ranks
 
     @property
-    def is_replica_leader(self) -> bool:
-        """The rank that speaks for its replica."""
-        return self.rank == 0
-
-    @property
     def is_leader(self) -> bool:
         """The rank that writes what the run writes once."""
         return self.global_rank == 0

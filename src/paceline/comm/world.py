@@ -11,8 +11,10 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from paceline.comm import link
 from paceline.comm.device import Device
 from paceline.comm.link import Link
+from paceline.comm.mesh import Mesh
 from paceline.comm.ranks import Coordinates
 from paceline.errors import LinkError, PlanError
+from paceline.plan.layout import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,40 +52,63 @@ class Rendezvous:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What a rank knows of the others: its coordinates, its device, the store, and the link to other replicas."""
+    """What a rank knows of the others: those of its own replica by the mesh, other replicas by the link."""
 
     coordinates: Coordinates
     device: Device
     store: Store | None
+    mesh: Mesh
     link: Link
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among those that learn from different rows."""
+        return self.coordinates.replica * self.mesh.shard.size + self.mesh.shard.index
+
+    @property
+    def data_ranks(self) -> int:
+        """How many there are."""
+        return self.coordinates.replicas * self.mesh.shard.size
 
 
 @contextmanager
-def join(coordinates: Coordinates, device: Device, rendezvous: Rendezvous | None) -> Iterator[World]:
-    """Join the replica's own world (of more than one rank) and the link to its counterparts in other replicas."""
+def join(coordinates: Coordinates, device: Device, rendezvous: Rendezvous | None, grid: Grid) -> Iterator[World]:
+    """Join the replica's own world, a grid of ranks, and the link to this rank's counterparts in other replicas."""
+    timeout_s, loopback = (rendezvous.timeout_s, rendezvous.loopback) if rendezvous is not None else (0.0, True)
     store = rendezvous.connect() if rendezvous is not None else None
+    with enter(coordinates, device, store, grid, timeout_s=timeout_s, loopback=loopback) as world:
+        yield world
+
+
+@contextmanager
+def enter(
+    coordinates: Coordinates, device: Device, store: Store | None, grid: Grid, *, timeout_s: float, loopback: bool
+) -> Iterator[World]:
+    """``join`` through a store that is connected already; None for a run of one rank."""
+    assert grid.ranks == coordinates.ranks, (grid, coordinates)
     if coordinates.ranks > 1:
-        assert store is not None and rendezvous is not None
+        assert store is not None
         dist.init_process_group(
             device.backend,
             store=PrefixStore(f"replica/{coordinates.replica}", store),
             rank=coordinates.rank,
             world_size=coordinates.ranks,
-            timeout=timedelta(seconds=rendezvous.timeout_s),
+            timeout=timedelta(seconds=timeout_s),
         )
     try:
         yield World(
             coordinates=coordinates,
             device=device,
             store=store,
+            mesh=Mesh.make(grid, coordinates.rank, device.torch_device.type),
             link=link.connect(
                 store,
                 index=coordinates.replica,
                 size=coordinates.replicas,
                 coordinate=coordinates.rank,
                 backend=device.backend,
-                timeout_s=rendezvous.timeout_s if rendezvous else 0.0,
-                loopback=rendezvous.loopback if rendezvous else True,
+                timeout_s=timeout_s,
+                loopback=loopback,
             ),
         )
     finally:

@@ -12,12 +12,14 @@ from torch import nn
 
 from paceline.data.rows import Row
 from paceline.data.tokens import TokenSet
-from paceline.objectives.base import Objective
-from paceline.sync.base import Sync
+from paceline.objectives.base import Batch
+from paceline.schedule.base import Schedule
 
 Sample = dict[str, str | bool]
 """``prompt``, the ``text`` the model made of it, and whether it wrote ``backward``: the text then comes first."""
 Sampler = Callable[[], tuple[Sample, ...]]
+Total = Callable[[tuple[float, ...]], list[float]]
+"""Sums over all ranks of all replicas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +45,18 @@ class HeldOut:
     """Measures a model on this rank's share of the held-out rows; the sums run over all ranks."""
 
     model: nn.Module
-    objective: Objective
+    batch_of: Callable[[Sequence[Row]], Batch]
+    """This rank's part of the micro-batch that some rows make."""
+    schedule: Schedule
     rows: Callable[[], Iterator[Row]]
     """This rank's rows, from the start; as many on every rank, filled up with rows of zero weight."""
     micro: int
-    seed: int
-    device: torch.device
     tokens_per_byte: float | None
     """Tokens of the held-out text over its UTF-8 bytes; None where bits per byte mean nothing."""
     sampler: Sampler
-    """Continues the prompts; only the leader's yields any."""
+    """Continues the prompts; only that of the first replica's ranks yields any."""
 
-    def measure(self, step: int, sync: Sync) -> Evaluation:
+    def measure(self, step: int, total: Total) -> Evaluation:
         """Loss and bits per byte after ``step``; called on all ranks together."""
         self.model.eval()
         try:
@@ -62,7 +64,7 @@ class HeldOut:
             samples = self.sampler()
         finally:
             self.model.train()
-        loss_sum, targets = sync.total(torch.tensor(own, dtype=torch.float64)).tolist()
+        loss_sum, targets = total(own)
         loss = loss_sum / targets if targets else math.nan
         bits = None if self.tokens_per_byte is None else loss * self.tokens_per_byte / math.log(2)
         return Evaluation(
@@ -74,8 +76,8 @@ class HeldOut:
         loss, targets = 0.0, 0
         own = self.rows()
         while rows := list(islice(own, self.micro)):
-            batch = self.objective.batch(rows, seed=self.seed, step=0).to(self.device)
-            loss += float(self.objective.loss(self.model, batch))
+            batch = self.batch_of(rows)
+            loss += self.schedule.evaluate(batch)
             targets += batch.count
         return loss, float(targets)
 

@@ -1,13 +1,18 @@
 """Text that a model in training makes of a prompt: short, without a cache, the same for the same weights."""
 
+from collections.abc import Callable
+
 import torch
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor
+
+Logits = Callable[[Tensor], Tensor]
+"""From ids (B, S) to logits (B, S, V)."""
 
 
 @torch.no_grad()
 def continue_text(
-    model: nn.Module,
+    logits_of: Logits,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -27,8 +32,7 @@ def continue_text(
     start = len(ids)
     generator = torch.Generator(device).manual_seed(0)
     for _ in range(tokens):
-        logits_BSV = model(torch.tensor([ids[-window:]], device=device))
-        logits_BSV = getattr(logits_BSV, "logits", logits_BSV)
+        logits_BSV = logits_of(torch.tensor([ids[-window:]], device=device))
         chances_V = torch.softmax(logits_BSV[0, -1].float() / temperature, dim=-1)
         chosen = int(torch.multinomial(chances_V, 1, generator=generator))
         if chosen == end:

@@ -12,8 +12,10 @@ from paceline.errors import PlanError
 class OptimizerConfig(Protocol):
     """The frozen config class of an optimizer."""
 
-    lr: float
-    """The peak rate; the schedule multiplies it by a factor."""
+    @property
+    def lr(self) -> float:
+        """The peak rate; the schedule multiplies it by a factor."""
+        ...
 
     @property
     def state_per_parameter(self) -> int:

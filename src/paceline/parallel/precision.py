@@ -16,7 +16,7 @@ OnGradient = Callable[[str], None]
 class Masters:
     """The parameters that learn, by name, and how their values and gradients travel to and from the model.
 
-    With ``dtype`` equal to the parameters' own dtype the masters are the model's parameters themselves.
+    Masters are fp32 (fp64 for fp64 parameters). Where the model computes in that dtype they are its own parameters.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -25,11 +25,10 @@ class Masters:
         }
         self.parameters: dict[str, nn.Parameter] = {}
         for name, parameter in self._compute.items():
-            if parameter.dtype == dtype or not parameter.is_floating_point():
-                self.parameters[name] = parameter
-            else:
-                self.parameters[name] = nn.Parameter(parameter.detach().clone())
-                parameter.data = parameter.data.to(dtype)
+            master = torch.promote_types(parameter.dtype, torch.float32)
+            separate = master != dtype
+            self.parameters[name] = nn.Parameter(parameter.detach().to(master, copy=True)) if separate else parameter
+            parameter.data = parameter.data.to(dtype)
         self._cast = [name for name in self.parameters if self.parameters[name] is not self._compute[name]]
         if self._cast:
             _cast_frozen(model, dtype)
@@ -38,6 +37,9 @@ class Masters:
         """Call ``fn`` with the name of a parameter whenever a backward pass has added to its gradient."""
         for name, parameter in self._compute.items():
             parameter.register_post_accumulate_grad_hook(self._hook(name, fn))
+
+    def expect(self, last: bool) -> None:
+        """Every backward pass is the same to a whole model."""
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -64,7 +66,8 @@ class Masters:
 
 
 def _cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parameters take part in the computation as well; buffers (rotary frequencies) keep their precision."""
+    """Frozen parameters take part in the computation as well, and are held, saved and exported in its dtype alone;
+    buffers (rotary frequencies) keep their precision."""
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

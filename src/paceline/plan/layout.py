@@ -1,16 +1,57 @@
-"""The arithmetic of a layout."""
+"""The arithmetic of a layout: how many ranks a replica has, and where each stands."""
+
+import math
+from dataclasses import dataclass
+from typing import Self
 
 from paceline.config import LayoutConfig
 from paceline.errors import PlanError
 
-AXES = ("shard", "tensor", "pipeline", "context", "expert")
+AXES = ("pipeline", "shard", "context", "tensor")
 
 
-def ranks_per_replica(layout: LayoutConfig) -> int:
-    """Ranks that hold one copy of the training state; ``PlanError`` for an axis that cannot be cut yet."""
-    asked = [f"layout.{axis}={size}" for axis in AXES if (size := getattr(layout, axis)) > 1]
-    if asked:
-        raise PlanError(
-            f"{', '.join(asked)}: this version runs a whole replica on one rank. Use 1, and share work by replicas=N."
-        )
-    return 1
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The coordinates of a rank in its replica's grid."""
+
+    pipeline: int
+    shard: int
+    context: int
+    tensor: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The sizes of a replica's axes. Ranks are numbered with ``tensor`` fastest: it talks the most."""
+
+    pipeline: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that hold one copy of the training state."""
+        return math.prod((self.pipeline, self.shard, self.context, self.tensor))
+
+    def place(self, rank: int) -> Place:
+        """Where a rank of the replica stands."""
+        assert 0 <= rank < self.ranks, (rank, self.ranks)
+        rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
+        pipeline, shard = divmod(rest, self.shard)
+        return Place(pipeline=pipeline, shard=shard, context=context, tensor=tensor)
+
+    def cuts(self, rank: int) -> list[tuple[str, int, int]]:
+        """Axis, coordinate and size for each axis of more than one rank."""
+        place = self.place(rank)
+        return [(axis, getattr(place, axis), size) for axis in AXES if (size := getattr(self, axis)) > 1]
+
+    @classmethod
+    def of(cls, layout: LayoutConfig) -> Self:
+        """The grid a layout asks for; ``PlanError`` for an axis that cannot be cut yet."""
+        if layout.expert > 1:
+            raise PlanError(
+                f"layout.expert={layout.expert}: this version keeps all experts of a rank's shard together. Use 1"
+            )
+        return cls(pipeline=layout.pipeline, shard=layout.shard, context=layout.context, tensor=layout.tensor)

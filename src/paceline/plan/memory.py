@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from paceline.plan.batch import BatchPlan
+from paceline.plan.layout import Grid
 from paceline.plan.model import ModelSizes
 
 
@@ -12,7 +13,7 @@ class RankMemory:
 
     master_weights: int
     compute_weights: int
-    """The bf16 copy the model computes with; 0 in fp32, where the masters are the model."""
+    """What the model computes with besides the masters: a bf16 copy, or weights gathered from all shards."""
     gradients: int
     optimizer: int
     sync: int
@@ -31,22 +32,38 @@ class RankMemory:
 
 
 def rank_memory(
-    model: ModelSizes, batch: BatchPlan, *, precision: str, recompute: str, state_per_parameter: int, sync_bytes: int
+    model: ModelSizes,
+    batch: BatchPlan,
+    *,
+    grid: Grid,
+    zero: int,
+    precision: str,
+    recompute: str,
+    state_per_parameter: int,
+    sync_bytes: int,
 ) -> RankMemory:
-    """Memory of a rank that holds a whole replica.
+    """Memory of one rank of a replica, were all cuts even.
 
-    Activations: 34 bytes a token and unit of width in a block at 2 bytes a value, 2 with full recompute (Korthikanti et
-    al., arXiv 2205.05198, table 2). Logits: their own dtype, and as much again for the gradient.
+    States are exact up to what does not divide, and to the one block at a time that ZeRO 3 gathers. Activations: 34
+    bytes a token and unit of width in a block at 2 bytes a value, 2 with full recompute (Korthikanti et al., arXiv
+    2205.05198, table 2); the first of P stages keeps P micro-batches. Logits: their own dtype, and as much again for
+    the gradient.
     """
     value_bytes = 2 if precision == "bf16" else 4
-    tokens = batch.micro * batch.sequence_tokens
+    tokens = batch.micro * batch.sequence_tokens // grid.context
     per_unit = 2 if recompute == "full" else 34
+    cut, sharded = grid.pipeline * grid.tensor, grid.shard * grid.context
+    states = cut * sharded
+    block = model.parameters // max(1, model.layers) // grid.tensor
+    separate = precision == "bf16" or sharded > 1
+    computed = (model.parameters // cut if sharded == 1 or zero < 3 else block) if separate else 0
+    blocks = -(-model.layers // grid.pipeline) * min(grid.pipeline, batch.micro_batches)
     return RankMemory(
-        master_weights=4 * model.parameters,
-        compute_weights=2 * model.parameters if precision == "bf16" else 0,
-        gradients=4 * model.trainable,
-        optimizer=4 * state_per_parameter * model.trainable,
+        master_weights=4 * model.parameters // states,
+        compute_weights=value_bytes * computed,
+        gradients=4 * model.trainable // (cut if zero == 1 else states),
+        optimizer=4 * state_per_parameter * model.trainable // states,
         sync=sync_bytes,
-        activations_estimate=tokens * model.width * model.layers * per_unit * value_bytes // 2,
-        logits_estimate=2 * tokens * model.vocabulary * value_bytes,
+        activations_estimate=tokens * model.width * blocks * per_unit * value_bytes // 2 // grid.tensor,
+        logits_estimate=2 * tokens * model.vocabulary * value_bytes // grid.tensor,
     )

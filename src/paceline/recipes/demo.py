@@ -35,14 +35,14 @@ CONFIG: dict[str, Any] = {
         }
     },
     "data": {"source": "python-docs"},
-    "optimizer": {"name": "adamw", "lr": 2.5e-3},
+    "optimizer": {"name": "muon", "lr": 8.0e-3},
     "schedule": {"name": "linear", "warmup_steps": 50, "final": 0.0},
     "batch": {"sequences": 8, "sequence_tokens": 256},
     "replicas": 2,
     "sync": "all_reduce",
-    "train": {"steps": 1650},
-    "checkpoint": {"every": 500},
-    "evaluate": {"every": 275, "sequences": 128, "prompts": [PROMPT], "sample_tokens": 64},
+    "train": {"steps": 800},
+    "checkpoint": {"every": 400},
+    "evaluate": {"every": 200, "sequences": 128, "prompts": [PROMPT], "sample_tokens": 64},
 }
 
 

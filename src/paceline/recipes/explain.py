@@ -8,7 +8,7 @@ from paceline.config import Config, strategy_name
 from paceline.errors import ConfigError
 from paceline.models.describe import describe
 from paceline.plan.batch import BatchPlan, plan_batch
-from paceline.plan.layout import ranks_per_replica
+from paceline.plan.layout import Grid
 from paceline.plan.memory import RankMemory, rank_memory
 from paceline.plan.model import ModelSizes
 from paceline.train.assemble import (
@@ -30,7 +30,7 @@ class Plan:
     batch: BatchPlan
     memory: RankMemory
     precision: str
-    ranks: int
+    grid: Grid
     wire_bytes: float
 
     def values(self) -> dict[str, Any]:
@@ -42,8 +42,8 @@ class Plan:
             "batch": {**asdict(self.batch), "tokens": self.batch.tokens, "filling": self.batch.filling},
             "precision": self.precision,
             "ranks": [
-                {"rank": rank, "replica": rank // self.ranks, "does": self._duty(rank // self.ranks)}
-                for rank in range(self.config.replicas * self.ranks)
+                {"rank": rank, "replica": rank // self.grid.ranks, "does": self._duty(rank)}
+                for rank in range(self.config.replicas * self.grid.ranks)
             ],
             "bytes_per_rank": memory,
             "wire_bytes_per_step": self.wire_bytes,
@@ -72,7 +72,7 @@ class Plan:
             f"  {'total, with the estimates':<34} {_bytes(m.total_estimate):>10}",
             "",
             "ranks",
-            *(f"  rank {r}  {self._duty(r // self.ranks)}" for r in range(c.replicas * self.ranks)),
+            *(f"  rank {rank}  {self._duty(rank)}" for rank in range(c.replicas * self.grid.ranks)),
             "",
             f"this machine: {processor_name()}, {cores()} core(s)",
         ]
@@ -82,7 +82,7 @@ class Plan:
         m = self.memory
         return [
             ("fp32 weights", m.master_weights),
-            ("bf16 weights to compute with", m.compute_weights),
+            ("weights to compute with", m.compute_weights),
             ("fp32 gradients", m.gradients),
             ("optimizer state", m.optimizer),
             ("sync buffers", m.sync),
@@ -90,11 +90,14 @@ class Plan:
             ("logits (estimate)", m.logits_estimate),
         ]
 
-    def _duty(self, replica: int) -> str:
-        b = self.batch
-        share = len(range(replica, b.sequences, b.data_parallel))
-        writes = "; writes metrics, checkpoints and the export" if replica == 0 else ""
-        return f"replica {replica}, the whole model, {share} of {b.sequences} sequences{writes}"
+    def _duty(self, rank: int) -> str:
+        batch, (replica, inside) = self.batch, divmod(rank, self.grid.ranks)
+        place = self.grid.place(inside)
+        share = len(range(replica * self.grid.shard + place.shard, batch.sequences, batch.data_parallel))
+        cuts = [f"{axis} {at + 1} of {size}" for axis, at, size in self.grid.cuts(inside)]
+        part = ", ".join(cuts) or "the whole model"
+        writes = "; writes metrics, checkpoints and the export" if rank == 0 else ""
+        return f"replica {replica}, {part}, {share} of {batch.sequences} sequences{writes}"
 
 
 def explain(config: Config) -> Plan:
@@ -102,8 +105,8 @@ def explain(config: Config) -> Plan:
     source = resolve_model(config)
     if source is None:
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
-    ranks = ranks_per_replica(config.layout)
-    batch = plan_batch(config.batch, config.replicas)
+    grid = Grid.of(config.layout)
+    batch = plan_batch(config.batch, config.replicas * grid.shard)
     check_positions(source, config.batch.sequence_tokens)
     vocabulary, vocabulary_is_open = wanted_vocabulary(config, source), source.vocabulary is None
     if vocabulary_is_open and vocabulary is not None:
@@ -120,16 +123,18 @@ def explain(config: Config) -> Plan:
         vocabulary_is_open=vocabulary_is_open,
         batch=batch,
         precision=precision,
-        ranks=ranks,
+        grid=grid,
         memory=rank_memory(
             sizes,
             batch,
+            grid=grid,
+            zero=config.layout.zero,
             precision=precision,
             recompute=config.layout.recompute,
             state_per_parameter=optimizer.state_per_parameter,
-            sync_bytes=sync.state_bytes(shapes) if config.replicas > 1 else 0,
+            sync_bytes=sync.state_bytes(shapes) // grid.ranks if config.replicas > 1 else 0,
         ),
-        wire_bytes=sync.wire_bytes(shapes, config.replicas),
+        wire_bytes=sync.wire_bytes(shapes, config.replicas) / grid.ranks,
     )
 
 

@@ -16,7 +16,7 @@ from paceline.errors import PlanError
 from paceline.evaluate.held_out import Evaluation
 from paceline.launch import torchrun
 from paceline.objectives.base import Objective
-from paceline.plan.layout import ranks_per_replica
+from paceline.plan.layout import Grid
 from paceline.recipes import folder as run_folder
 from paceline.train.assemble import assemble
 from paceline.train.hooks import Hook, StepEvent
@@ -55,7 +55,7 @@ class Trainer:
     @property
     def model(self) -> nn.Module:
         """The module that is trained."""
-        return self._loop.parts.model
+        return self._loop.parts.built.model
 
     @property
     def step(self) -> int:
@@ -91,18 +91,18 @@ class Trainer:
         self, model: Module | None, objective: Objective | None, hooks: tuple[Hook, ...], say: Callable[[str], None]
     ) -> Loop:
         config, coordinates, rendezvous = self.config, ALONE, None
-        ranks = ranks_per_replica(config.layout)
+        grid = Grid.of(config.layout)
         if torchrun.started_by_torchrun():
-            coordinates = torchrun.coordinates(config.replicas, ranks)
+            coordinates = torchrun.coordinates(config.replicas, grid.ranks)
             rendezvous = self._stack.enter_context(torchrun.rendezvous(coordinates))
-        elif config.replicas * ranks > 1:
+        elif (world_size := config.replicas * grid.ranks) > 1:
             raise PlanError(
-                f"replicas={config.replicas}, but a Trainer is one process: start the script with "
-                f"`torchrun --nproc-per-node {config.replicas * ranks}`, or call paceline.run, which starts the ranks"
+                f"replicas={config.replicas} x {grid.ranks} rank(s), but a Trainer is one process: start the script "
+                f"with `torchrun --nproc-per-node {world_size}`, or call paceline.run, which starts the ranks"
             )
         if coordinates.is_leader:
             self._stack.enter_context(run_folder.claim(config.train.output))
-        world = self._stack.enter_context(join(coordinates, claim(coordinates), rendezvous))
+        world = self._stack.enter_context(join(coordinates, claim(coordinates), rendezvous, grid))
         module = model() if callable(model) and not isinstance(model, nn.Module) else model
         parts = assemble(config, world, module=module, objective=objective, say=say)
         loop = self._stack.enter_context(Loop(parts, hooks=hooks))

@@ -20,7 +20,7 @@ from paceline.export import hugging_face
 from paceline.launch import torchrun
 from paceline.launch.local import LocalRun
 from paceline.plan.batch import plan_batch
-from paceline.plan.layout import ranks_per_replica
+from paceline.plan.layout import Grid
 from paceline.recipes import folder as run_folder
 from paceline.recipes.prepare import prepare_in_child
 from paceline.track import RunInfo, Tracker
@@ -47,8 +47,9 @@ class Result:
     held_out_loss: float | None = None
     bits_per_byte: float | None = None
     first_loss_s: float | None = None
-    """Seconds from the start to the first loss."""
+    """Seconds from the start to the first loss; under torchrun without its own start and imports."""
     seconds: float = 0.0
+    """Of the whole run, counted in the same way."""
 
     @property
     def stopped(self) -> bool:
@@ -67,8 +68,9 @@ def run(config: Config, *, debug: bool = False, say: Say = print) -> Result | No
     """
     if config.model is None:
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
-    ranks = ranks_per_replica(config.layout)
-    plan_batch(config.batch, config.replicas)
+    grid = Grid.of(config.layout)
+    ranks = grid.ranks
+    plan_batch(config.batch, config.replicas * grid.shard)
     find(Path(config.train.output) / "checkpoints", config.checkpoint.resume)  # what cannot be resumed fails at once
     if torchrun.started_by_torchrun():
         return _train_as_rank(config, ranks, say)
@@ -184,11 +186,12 @@ def run_rank(
     say: Say = print,
 ) -> Result:
     """Train as one rank; the leader also keeps the records, the export and the report."""
+    start = time.perf_counter()
     stop_request = StopRequest()  # before all that takes long: who is asked to stop meanwhile makes one step and saves
     stop_request.listen(signal.SIGTERM, *([signal.SIGINT] if line is None else []))
     device = claim_device(coordinates)
     with (
-        join(coordinates, device, rendezvous) as world,
+        join(coordinates, device, rendezvous, Grid.of(config.layout)) as world,
         Loop(assemble(config, world, say=say), stop_request=stop_request) as loop,
     ):
         processes = _all_processes(world) if line is None else None
@@ -198,9 +201,10 @@ def run_rank(
                 line.send("info", info=asdict(info))
             if processes is not None:
                 run_folder.write_processes(Path(config.train.output), processes)
-        loss = None
+        loss = first_loss_s = None
         for event in loop.steps():
             loss = event.loss
+            first_loss_s = first_loss_s or time.perf_counter() - start
         loop.finish_saving()
         if coordinates.is_leader:
             _leave_results(loop)
@@ -212,6 +216,8 @@ def run_rank(
             loss=loss,
             held_out_loss=newest.loss if newest else None,
             bits_per_byte=newest.bits_per_byte if newest else None,
+            first_loss_s=first_loss_s,
+            seconds=time.perf_counter() - start,
         )
 
 

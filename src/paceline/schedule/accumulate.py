@@ -1,12 +1,14 @@
 """Gradient accumulation: the micro-batches of a step, one after the other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from paceline.objectives.base import Batch, Objective
+from paceline.objectives.base import Batch, Objective, logits_of
+from paceline.parallel.vocabulary import gather_logits
 
 
 class Accumulate:
@@ -25,13 +27,30 @@ class Accumulate:
         """
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for i, batch in enumerate(batches):
-            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-                torch.manual_seed(stream_seed(self._seed, step, batch.first_sequence))
+            with random_stream(self._device, self._seed, step, batch.first_sequence):
                 expect(i == len(batches) - 1)
                 loss = self._objective.loss(self._model, batch.to(self._device))
                 (loss * scale).backward()
             total += loss.detach()
         return float(total.item())
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> float:
+        """The summed loss of a batch."""
+        return float(self._objective.loss(self._model, batch.to(self._device)))
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """From ids (B, S) to logits (B, S, V), of the whole vocabulary."""
+        return gather_logits(self._model, logits_of(self._model, {"input_ids": ids, "use_cache": False}))
+
+
+@contextmanager
+def random_stream(device: torch.device, *parts: object) -> Iterator[None]:
+    """Draw random numbers from a stream that is a function of ``parts`` alone; the caller's goes on as if none were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(stream_seed(*parts))
+        yield
 
 
 def stream_seed(*parts: object) -> int:

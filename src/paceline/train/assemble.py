@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from paceline.checkpoint import Checkpointer, LocalExchange
+from paceline.checkpoint import Checkpointer, LocalExchange, StoreExchange
 from paceline.comm.device import cores, matmul_flops_per_s
 from paceline.comm.world import World
 from paceline.config import Config, strategy_name
@@ -29,14 +29,10 @@ from paceline.objectives.base import Objective, ObjectiveContext, ObjectiveOptio
 from paceline.objectives.isolation import check_isolation
 from paceline.optim.base import OptimizerConfig, ScheduleConfig
 from paceline.parallel.blocks import blocks
-from paceline.parallel.compiled import compile_blocks
-from paceline.parallel.precision import Masters
-from paceline.parallel.recompute import recompute_full
 from paceline.plan.batch import BatchPlan, plan_batch
 from paceline.plan.model import ModelSizes
-from paceline.schedule.accumulate import Accumulate
 from paceline.sync.base import Sync
-from paceline.train.replica import ModuleReplica
+from paceline.train.build import Built, build
 
 Say = Callable[[str], None]
 
@@ -52,7 +48,7 @@ class Parts:
     world: World
     source: ModelSource | None
     prepared: Prepared
-    model: nn.Module
+    built: Built
     sizes: ModelSizes
     precision: str
     objective: Objective
@@ -60,9 +56,7 @@ class Parts:
     loader: Loader
     optimizer_config: OptimizerConfig
     schedule_config: ScheduleConfig
-    replica: ModuleReplica
     sync: Sync
-    schedule: Accumulate
     evaluator: HeldOut
     checkpointer: Checkpointer | None
     """Of the rank that writes; None on the others."""
@@ -128,7 +122,7 @@ def assemble(
 ) -> Parts:
     """Build every part of this rank. ``module`` and ``objective`` take the place of those the config names."""
     coordinates, device = world.coordinates, world.device
-    batch = plan_batch(config.batch, coordinates.replicas)
+    batch = plan_batch(config.batch, world.data_ranks)
     source = resolve_model(config) if module is None else None
     prepared = prepare_data(config, source, say=say)
     if source:
@@ -143,15 +137,14 @@ def assemble(
         train_rows,
         order,
         sequences=batch.sequences,
-        rank=coordinates.replica,
-        ranks=coordinates.replicas,
+        rank=world.data_rank,
+        ranks=world.data_ranks,
         micro=batch.micro,
     )
     model = source.build(config.seed) if source else module
     if model is None:
         raise PlanError("there is no model: set model.config, model.preset or model.path, or pass a module")
     sizes = model_sizes(model, prepared.special.vocabulary)
-    model.to(device.torch_device).train()
     objective = objective or options.build(context)
     precision = resolve_precision(config.precision, device.has_bf16_units)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -159,17 +152,24 @@ def assemble(
         choose(model, dtype=dtype, device=device.torch_device)
     if config.data.isolate_documents:
         check_isolation(model, options, context)
-    masters = Masters(model, dtype)
-    if config.layout.recompute == "full":
-        recompute_full(model)
-    if config.train.compile:
-        compile_blocks(model)
+    built = build(
+        model,
+        objective,
+        layout=config.layout,
+        mesh=world.mesh,
+        optimizer=config.optimizer,  # type: ignore[arg-type]
+        clip_norm=config.train.clip_norm,
+        dtype=dtype,
+        device=device.torch_device,
+        seed=config.seed,
+        compiled=config.train.compile,
+    )
     return Parts(
         config=config,
         world=world,
         source=source,
         prepared=prepared,
-        model=model,
+        built=built,
         sizes=sizes,
         precision=precision,
         objective=objective,
@@ -177,10 +177,8 @@ def assemble(
         loader=loader,
         optimizer_config=config.optimizer,  # type: ignore[arg-type]
         schedule_config=config.schedule,  # type: ignore[arg-type]
-        replica=ModuleReplica(masters, config.optimizer, config.train.clip_norm),  # type: ignore[arg-type]
         sync=config.sync.build(world.link),  # type: ignore[attr-defined]
-        schedule=Accumulate(model, objective, seed=config.seed, device=device.torch_device),
-        evaluator=_evaluator(config, world, prepared, model, objective, batch, row_tokens),
+        evaluator=_evaluator(config, world, prepared, built, objective, batch, row_tokens),
         checkpointer=_checkpointer(config, world),
         dropped_tokens=sum(part.dropped_tokens for part in train_rows),
         file_streams=order.streams if isinstance(order, FileOrder) else None,
@@ -256,7 +254,7 @@ def _evaluator(
     config: Config,
     world: World,
     prepared: Prepared,
-    model: nn.Module,
+    built: Built,
     objective: Objective,
     batch: BatchPlan,
     row_tokens: int,
@@ -268,22 +266,21 @@ def _evaluator(
             held_out.append(PairedRows(part, row_tokens, allow_empty=True))
         else:
             held_out.append(PackedRows(part, row_tokens, options.overlap, keep_tail=True))
-    coordinates = world.coordinates
     return HeldOut(
-        model=model,
-        objective=objective,
-        rows=partial(held_out_rows, held_out, config.evaluate.sequences, coordinates.replica, coordinates.replicas),
+        model=built.model,
+        batch_of=lambda rows: built.split(objective.batch(rows, seed=config.seed, step=0)),
+        schedule=built.schedule,
+        rows=partial(held_out_rows, held_out, config.evaluate.sequences, world.data_rank, world.data_ranks),
         micro=batch.micro,
-        seed=config.seed,
-        device=world.device.torch_device,
         tokens_per_byte=tokens_per_byte(prepared.held_out) if options.head == "causal" else None,
-        sampler=partial(_samples, config, world, prepared, model),
+        sampler=partial(_samples, config, world, prepared, built),
     )
 
 
-def _samples(config: Config, world: World, prepared: Prepared, model: nn.Module) -> tuple[Sample, ...]:
+def _samples(config: Config, world: World, prepared: Prepared, built: Built) -> tuple[Sample, ...]:
+    """All ranks of the first replica compute the same; the leader's are shown."""
     options = objective_options(config)
-    if not world.coordinates.is_leader or options.head != "causal" or not config.evaluate.prompts:
+    if world.coordinates.replica != 0 or options.head != "causal" or not config.evaluate.prompts:
         return ()
     tokenizer = Tokenizer.from_file(str(prepared.tokenizer / "tokenizer.json"))
     backward = strategy_name(options) == "right_to_left"
@@ -292,7 +289,7 @@ def _samples(config: Config, world: World, prepared: Prepared, model: nn.Module)
             "prompt": prompt,
             "backward": backward,
             "text": continue_text(
-                model,
+                built.schedule.logits,
                 tokenizer,
                 prompt,
                 tokens=config.evaluate.sample_tokens,
@@ -307,16 +304,17 @@ def _samples(config: Config, world: World, prepared: Prepared, model: nn.Module)
 
 
 def _checkpointer(config: Config, world: World) -> Checkpointer | None:
-    """Replicas are kept equal by the sync, so the first writes for all."""
-    if world.coordinates.replica != 0:
+    """Replicas are kept equal by the sync, so the ranks of the first write for all."""
+    coordinates = world.coordinates
+    if coordinates.replica != 0:
         return None
-    assert world.coordinates.ranks == 1
+    alone = coordinates.ranks == 1 or world.store is None
     return Checkpointer(
         Path(config.train.output) / "checkpoints",
-        rank=0,
-        ranks=1,
-        exchange=LocalExchange(),
-        layout={"replicas": world.coordinates.replicas},
+        rank=coordinates.rank,
+        ranks=coordinates.ranks,
+        exchange=LocalExchange() if alone else StoreExchange(world.store, "checkpoints"),  # type: ignore[arg-type]
+        layout={"replicas": coordinates.replicas},
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
     )

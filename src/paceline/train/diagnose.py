@@ -24,8 +24,10 @@ def locate(
     """Run the micro-batches forward and backward once more and name the first value that is not finite.
 
     The weights must still be those of the failed step, whose gradients are lost. Returns the error to raise on this
-    rank.
+    rank. The ranks of one replica need each other in every pass, so they run the same ones, forward only.
     """
+    if replica.mesh.world.size > 1:
+        return _locate_together(error, model, replica, objective, batches, where)
     clear = replica.optimizer.zero_grad  # in mixed precision the gradients are the masters', not the model's
     replica.expect(False)  # a sync must not send these gradients
     clear(set_to_none=True)
@@ -37,12 +39,37 @@ def locate(
         found += [f"the gradient of {s.name}" for s in replica.shards if not found and _bad(s.parameter.grad)]
         clear(set_to_none=True)
         if found or not math.isfinite(loss.item()):
-            first = found[0] if found else "the loss itself"
-            return NonFiniteError(
-                f"{error}; it began in {first} ({where}, micro-batch {i}). Lower optimizer.lr, lengthen the warm-up, "
-                "or use precision=fp32; the last checkpoint is untouched."
-            )
+            return _located(error, found[0] if found else "the loss itself", f"{where}, micro-batch {i}")
     return NonFiniteElsewhere(f"{error}; every value on {where} is finite")
+
+
+@torch.no_grad()
+def _locate_together(
+    error: NonFiniteError,
+    model: nn.Module,
+    replica: ModuleReplica,
+    objective: Objective,
+    batches: Iterable[Batch],
+    where: str,
+) -> NonFiniteError:
+    replica.optimizer.zero_grad(set_to_none=True)
+    first = None
+    with watch(model) as found:
+        if replica.mesh.pipeline.size == 1:
+            for i, batch in enumerate(batches):
+                objective.loss(model, batch)
+                if found and first is None:
+                    first = _located(error, found[0], f"{where}, micro-batch {i}")
+        elif found:  # a stage alone cannot run; its weights can be looked at
+            first = _located(error, found[0], where)
+    return first or NonFiniteElsewhere(f"{error}; every value of the forward pass on {where} is finite")
+
+
+def _located(error: NonFiniteError, first: str, where: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"{error}; it began in {first} ({where}). Lower optimizer.lr, lengthen the warm-up, or use precision=fp32; the "
+        "last checkpoint is untouched."
+    )
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def _warnings(parts: Parts) -> Iterator[str]:
         )
     if parts.loader.warning:
         yield parts.loader.warning
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in parts.model.modules()):
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in parts.built.model.modules()):
         yield (
             "this model has dropout: its masks follow from seed, step and micro-batch, so in this version another "
             "batch.micro or number of replicas draws other ones"
@@ -78,7 +78,7 @@ def run_info(parts: Parts, start_step: int) -> RunInfo:
 def _model_name(parts: Parts) -> str:
     named = parts.config.model
     if named is None or parts.source is None:
-        return type(parts.model).__name__
+        return type(parts.built.model).__name__
     return named.preset or (Path(named.path).name if named.path else parts.source.family)
 
 

@@ -1,28 +1,78 @@
 """One rank's view of its replica: parameters that learn, their gradients, and how a step is finished."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
-from paceline.comm.replica import Finish, Shard, Vote, local_part
+from paceline.comm.mesh import Axis, Mesh
+from paceline.comm.replica import Finish, Shard, Vote
 from paceline.optim.base import OptimizerConfig
-from paceline.parallel.precision import Masters
+from paceline.parallel.held import Held
+from paceline.parallel.precision import OnGradient
+
+
+class States(Protocol):
+    """The parameters that learn, whole (``Masters``) or sharded (``ShardedStates``)."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def on_gradient(self, fn: OnGradient) -> None:
+        """Call ``fn`` with the name of a parameter whenever a backward pass has added to its gradient."""
+
+    def expect(self, last: bool) -> None:
+        """Say whether the next backward pass is the last of the step."""
+
+    def refresh(self) -> None:
+        """Bring the computing copy up to date, after parameters have changed."""
 
 
 class ModuleReplica:
-    """A replica whose module is whole on this rank."""
+    """A replica whose module, or this rank's part of it, is at hand.
 
-    def __init__(self, masters: Masters, optimizer: OptimizerConfig, clip_norm: float | None) -> None:
-        self.shards = [Shard(name, parameter) for name, parameter in masters.parameters.items()]
-        self.optimizer = optimizer.build(masters.parameters)
+    ``held`` says of which parameters this rank holds a part, or computes a part of the gradient; ``elsewhere`` names
+    those of which it holds nothing. ``reports``: this rank's sums over targets are the loss, not zero.
+    """
+
+    def __init__(
+        self,
+        states: States,
+        optimizer: OptimizerConfig,
+        clip_norm: float | None,
+        *,
+        mesh: Mesh,
+        held: Mapping[str, Held] | None = None,
+        elsewhere: frozenset[str] = frozenset(),
+        reports: bool = True,
+    ) -> None:
+        self.shards = [Shard(name, parameter) for name, parameter in states.parameters.items()]
+        self.optimizer = optimizer.build(states.parameters)
+        self.mesh = mesh
+        self.held = held or {}
+        self.elsewhere = elsewhere
+        self._reports = reports and mesh.tensor.index == 0
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._masters = masters
+        self._states = states
         self._clip_norm = clip_norm
         self._by_name = {shard.name: shard for shard in self.shards}
+        self._summed = _by_axis(self.shards, self.held)
+        self._late = {shard.name for _, shards in self._summed for shard in shards}
         self._listener: Callable[[Shard], None] | None = None
         self._untold: set[str] = set()
         self._last = False
-        masters.on_gradient(self._gradient_added)
+        states.on_gradient(self._gradient_added)
+
+    def total(self, values: Iterable[float], *, stop: bool = False) -> tuple[list[float], bool]:
+        """Sum over the replica of what each rank computed of its own targets, and whether any rank was asked to stop.
+
+        Ranks that compute the same (``tensor``), or not to the end (all stages but the last), count once or not at all.
+        """
+        own = [value if self._reports else 0.0 for value in values]
+        like = self.shards[0].local
+        sums = torch.tensor([*own, float(stop)], dtype=torch.float64, device=like.device)
+        *totals, stops = self.mesh.world.all_reduce(sums, where="totals").tolist()
+        return totals, stops > 0
 
     def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:
         """Call ``fn`` once per shard, in the last backward pass of the coming step or at its end."""
@@ -32,9 +82,13 @@ class ModuleReplica:
     def expect(self, last: bool) -> None:
         """Say whether the next backward pass is the last of the step."""
         self._last = last
+        self._states.expect(last)
 
+    @torch.no_grad()
     def end_backward(self) -> None:
-        """Tell the listener of the shards that the last backward pass did not touch: they are final too."""
+        """Add up what ranks hold parts of, and tell the listener of the shards that the last backward did not."""
+        for axis, shards in self._summed:
+            _add_up(axis, shards)
         for shard in self.shards:
             self._tell(shard.name)
         self._last = False
@@ -47,23 +101,34 @@ class ModuleReplica:
     @torch.no_grad()
     def finish(self, vote: Vote) -> Finish:
         """Norm, clip, step if the vote says so, clear the gradients."""
-        gradients = [gradient for shard in self.shards if (gradient := shard.gradient) is not None]
-        norm = global_norm(gradients)
+        norm = self._gradient_norm()
         stepped = vote(torch.isfinite(norm).item() is True)
         if stepped:
             if self._clip_norm is not None and norm > self._clip_norm:
+                gradients = [gradient for shard in self.shards if (gradient := shard.gradient) is not None]
                 torch._foreach_mul_(gradients, self._clip_norm / float(norm))
             self.optimizer.step()
-            self._masters.refresh()
+            self._states.refresh()
         self.optimizer.zero_grad(set_to_none=True)
         return Finish(stepped=stepped, gradient_norm=float(norm))
 
     def refresh(self) -> None:
-        """Bring the computing copy up to date after the masters were set from outside."""
-        self._masters.refresh()
+        """Bring the computing copy up to date after the parameters were set from outside."""
+        self._states.refresh()
+
+    def _gradient_norm(self) -> Tensor:
+        """L2 norm over the replica, each value counted by the one rank that owns it: fp64 scalar on the CPU."""
+        own = [g for shard in self.shards if self._owns(shard.name) and (g := shard.gradient) is not None]
+        norms = torch._foreach_norm(own) if own else [self.shards[0].local.new_zeros(())]
+        squares = torch.stack(norms).double().square().sum()
+        return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()
+
+    def _owns(self, name: str) -> bool:
+        held = self.held.get(name)
+        return self.mesh.tensor.index == 0 if held is None else held.is_owner
 
     def _gradient_added(self, name: str) -> None:
-        if self._last:
+        if self._last and name not in self._late:
             self._tell(name)
 
     def _tell(self, name: str) -> None:
@@ -72,10 +137,26 @@ class ModuleReplica:
             self._listener(self._by_name[name])
 
 
-def global_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm over all tensors, summed in fp64: fp64 scalar on the CPU."""
-    if not gradients:
-        return torch.zeros((), dtype=torch.float64)
-    norms = torch._foreach_norm([local_part(gradient) for gradient in gradients])
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).double()).cpu()
-    return norm
+def _by_axis(shards: Iterable[Shard], held: Mapping[str, Held]) -> list[tuple[Axis, list[Shard]]]:
+    """Shards whose gradients are added up, by the axis; in the same order on all ranks of an axis."""
+    groups: dict[int, tuple[Axis, list[Shard]]] = {}
+    for shard in shards:
+        own = held.get(shard.name)
+        if own is not None and own.summed_over is not None and own.summed_over.size > 1:
+            groups.setdefault(id(own.summed_over), (own.summed_over, []))[1].append(shard)
+    return list(groups.values())
+
+
+def _add_up(axis: Axis, shards: list[Shard]) -> None:
+    """One exchange for all: gradients one after the other, then a mark for each that this rank has."""
+    gradients = [shard.gradient for shard in shards]
+    parts = [
+        shard.local.new_zeros(shard.local.numel()) if gradient is None else gradient.flatten()
+        for shard, gradient in zip(shards, gradients, strict=True)
+    ]
+    marks = parts[0].new_tensor([float(gradient is not None) for gradient in gradients])
+    *sums, present = axis.all_reduce(torch.cat([*parts, marks]), where="parts of gradients").split(
+        [*(part.numel() for part in parts), len(parts)]
+    )
+    for shard, total, mark in zip(shards, sums, present.tolist(), strict=True):
+        shard.set_gradient(total if mark > 0 else None)

@@ -1,29 +1,36 @@
 """What a run must remember to go on as if it had never stopped, by parameter name."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from paceline.checkpoint import Checkpoint, Kind, Rule, TensorState, tensor_state
+from paceline.checkpoint import Block, Checkpoint, Kind, Rule, TensorState, tensor_state
+from paceline.parallel.held import Held
 from paceline.sync.base import Sync
 from paceline.train.replica import ModuleReplica
 
+Place = tuple[int, int]
 
-def tensors(model: nn.Module, replica: ModuleReplica, sync: Sync, place: tuple[int, int]) -> dict[str, TensorState]:
+
+def tensors(model: nn.Module, replica: ModuleReplica, sync: Sync, place: Place) -> dict[str, TensorState]:
     """Masters, frozen parameters, buffers that are state, the optimizer's tensors and the sync's; a restore fills them.
 
     ``place`` is (replica, replicas).
     """
     learned = {shard.name: shard.parameter for shard in replica.shards}
-    state = {f"model/{name}": tensor_state(learned.get(name, p)) for name, p in model.named_parameters()}
+    state = {f"model/{name}": part_of(learned.get(name, p), name, replica) for name, p in model.named_parameters()}
     for name, buffer in _persistent_buffers(model):
-        state[f"model/{name}"] = tensor_state(buffer, Kind.REPLICATED)
+        state[f"model/{name}"] = tensor_state(buffer, Kind.REPLICATED, holder=_stage_holder(replica))
     for name, parameter in learned.items():
         for key, value in replica.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
-                kind = Kind.PARAMETER if value.shape == parameter.shape else Kind.REPLICATED
-                state[f"optimizer/{name}/{key}"] = tensor_state(value, kind)
+            if isinstance(value, Tensor):
+                state[f"optimizer/{name}/{key}"] = (
+                    part_of(value, name, replica)
+                    if value.shape == parameter.shape
+                    else tensor_state(value, Kind.REPLICATED, holder=_scalar_holder(name, replica))
+                )
     for name, kept in sync.state().items():
         kind, rule = Kind(kept.kind), Rule(kept.rule) if kept.rule else None
         own = place if kind in {Kind.PER_REPLICA, Kind.OPAQUE} else None
@@ -31,11 +38,17 @@ def tensors(model: nn.Module, replica: ModuleReplica, sync: Sync, place: tuple[i
     return state
 
 
+def owned(tensors: Mapping[str, TensorState], replica: ModuleReplica) -> dict[str, TensorState]:
+    """What this rank saves: all but the copies of which another rank is the owner."""
+    copies = {name for name, held in replica.held.items() if not held.is_owner}
+    return {slot: state for slot, state in tensors.items() if _parameter_of(slot) not in copies}
+
+
 def restore(
     model: nn.Module,
     replica: ModuleReplica,
     sync: Sync,
-    place: tuple[int, int],
+    place: Place,
     checkpoint: Checkpoint,
     layout: Mapping[str, int],
 ) -> None:
@@ -51,13 +64,64 @@ def restore(
             entry = checkpoint.entry(slot)
             device, dtype = learned[name].device, getattr(torch, entry.dtype)
             like = learned[name] if entry.kind == Kind.PARAMETER else torch.empty(entry.shape, device=device)
-            empty = torch.empty_like(like, dtype=dtype, requires_grad=False)
+            empty = torch.zeros_like(like, dtype=dtype, requires_grad=False)
             replica.optimizer.state.setdefault(learned[name], {})[key] = empty
-    checkpoint.restore(tensors(model, replica, sync, place), layout=layout)
+    elsewhere = {slot for slot in checkpoint.names if _parameter_of(slot) in replica.elsewhere}
+    checkpoint.restore(tensors(model, replica, sync, place), layout=layout, elsewhere=elsewhere)
     replica.refresh()
 
 
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _parameter_of(slot: str) -> str:
+    """The parameter or buffer that an entry belongs to."""
+    section, _, rest = slot.partition("/")
+    return rest.rpartition("/")[0] if section == "optimizer" else rest
+
+
+def part_of(tensor: Tensor, name: str, replica: ModuleReplica) -> TensorState:
+    """A parameter, or a tensor like it, by its place in the full one."""
+    held, tensor_axis = replica.held.get(name), replica.mesh.tensor
+    if held is None:
+        return tensor_state(tensor, holder=(tensor_axis.index, tensor_axis.size))
+    state = tensor_state(tensor)
+    return replace(state, full_shape=held.full_shape, blocks=tuple(_in_full(state.blocks, held)))
+
+
+def _in_full(blocks: tuple[Block, ...], held: Held) -> Iterator[Block]:
+    """Blocks of the part that this rank's ranks share out, as blocks of the full tensor; padding is in none."""
+    if held.dim is None:
+        yield from blocks
+        return
+    dim = held.dim
+    for block in blocks:
+        for run in held.runs:
+            first = max(block.start[dim], run.inner)
+            last = min(block.start[dim] + block.shape[dim], run.inner + run.size)
+            if first < last:
+                yield Block(
+                    _with(block.start, dim, run.start + first - run.inner),
+                    _with(block.shape, dim, last - first),
+                    _with(block.inner, dim, block.inner[dim] + first - block.start[dim]),
+                )
+
+
+def _with(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
+    return (*values[:dim], value, *values[dim + 1 :])
+
+
+def _stage_holder(replica: ModuleReplica) -> tuple[int, int]:
+    """This rank among all that hold the same blocks of the model."""
+    states, tensor = replica.mesh.states, replica.mesh.tensor
+    return states.index * tensor.size + tensor.index, states.size * tensor.size
+
+
+def _scalar_holder(name: str, replica: ModuleReplica) -> tuple[int, int]:
+    held = replica.held.get(name)
+    if held is not None and held.dim is None:  # of copies only the owner saves
+        return replica.mesh.states.index, replica.mesh.states.size
+    return _stage_holder(replica)
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers that are state (running statistics, routing biases), not derived ones (rotary frequencies)."""
     saved = model.state_dict().keys()
     return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

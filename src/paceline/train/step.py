@@ -8,7 +8,7 @@ import torch
 
 from paceline.errors import NonFiniteError
 from paceline.objectives.base import Batch
-from paceline.schedule.accumulate import Accumulate
+from paceline.schedule.base import Schedule
 from paceline.sync.base import Sync
 from paceline.train.replica import ModuleReplica
 
@@ -26,17 +26,18 @@ class StepResult:
 
 
 def train_step(
-    replica: ModuleReplica, sync: Sync, schedule: Accumulate, batches: Sequence[Batch], *, step: int, stop: bool
+    replica: ModuleReplica, sync: Sync, schedule: Schedule, batches: Sequence[Batch], *, step: int, stop: bool
 ) -> StepResult:
     """Run one step on this rank's micro-batches; ``NonFiniteError``, before the weights change, if it went bad.
 
     The loss is a sum; it is divided once, before the backward pass, by the targets of the group that the sync names.
     """
-    count = sum(batch.count for batch in batches)
-    group_targets = sync.begin(step, replica, count)
+    (own_targets,), _ = replica.total([sum(batch.count for batch in batches)])
+    group_targets = sync.begin(step, replica, int(own_targets))
     loss_sum = schedule.run(batches, step=step, scale=1.0 / max(1, group_targets), expect=replica.expect)
     replica.end_backward()
-    sums = sync.total(torch.tensor([loss_sum, count, float(stop)], dtype=torch.float64)).tolist()
+    (own_loss,), stop = replica.total([loss_sum], stop=stop)
+    sums = sync.total(torch.tensor([own_loss, own_targets, float(stop)], dtype=torch.float64)).tolist()
     total_loss, targets, stops = sums[0], int(sums[1]), sums[2]
     loss = total_loss / max(1, targets)
     if not math.isfinite(loss):

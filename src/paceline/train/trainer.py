@@ -1,7 +1,7 @@
 """The loop around the step: rates, measurements, checkpoints, and when to stop."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from paceline.checkpoint import Checkpoint, Saved, check_space, load, newest, steps
+from paceline.checkpoint import Checkpoint, Saved, SavedWeights, check_space, load, newest, steps
 from paceline.comm.ranks import Coordinates
 from paceline.config import strategy_name
 from paceline.errors import CheckpointError, NonFiniteError, TrainError
@@ -44,13 +44,13 @@ class Loop:
         self.trackers: Trackers | None = None
         """Who is told; the leader's only."""
         self._hooks = hooks
-        parts.sync.start(parts.replica)
+        parts.sync.start(parts.built.replica)
         self._resume()
         self._check_same_run()
         if parts.checkpointer:
             # Weights and optimizer: the newest checkpoint stays while the next is written beside it.
             floats = (1 + parts.optimizer_config.state_per_parameter) * parts.sizes.trainable
-            check_space(Path(parts.config.train.output) / "checkpoints", 2 * 4 * floats)
+            check_space(self._checkpoints, 2 * 4 * floats)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -89,26 +89,30 @@ class Loop:
             text = f"{saved.path} ({saved.rank_bytes / 2**20:.1f} MiB in {saved.write_s:.2f} s)"
             self.trackers.event("checkpoint", text, step=saved.step)  # type: ignore[union-attr]
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The model's state as transformers names it, parameters in fp32."""
-        learned = {shard.name: shard.parameter.detach() for shard in self.parts.replica.shards}
-        return {name: learned.get(name, value) for name, value in self.parts.model.state_dict().items()}
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The model's state as transformers names it, whole and in fp32; of ranks that share it, from the last save."""
+        parts = self.parts
+        if self.coordinates.ranks > 1:
+            return SavedWeights(load(self._checkpoints, self.step))
+        learned = {shard.name: shard.parameter.detach() for shard in parts.built.replica.shards}
+        return {name: learned.get(name, value) for name, value in parts.built.model.state_dict().items()}
 
     def evaluate(self) -> Evaluation:
         """Measure the held-out part, and continue the prompts, on all ranks."""
-        self.evaluation = self.parts.evaluator.measure(self.step, self.parts.sync)
+        self.evaluation = self.parts.evaluator.measure(self.step, self._total)
         if self.trackers:
             self.trackers.evaluation(self.evaluation.values())
         return self.evaluation
 
     def save(self) -> None:
         """Write a checkpoint of this step in the background; the replicas hold the same, so one writes."""
-        if self.parts.checkpointer is None:
-            return
-        self._tell_saved(self.parts.checkpointer.wait())
         parts = self.parts
-        tensors = state.tensors(parts.model, parts.replica, parts.sync, self._place)
-        self.parts.checkpointer.save(self.step, tensors, self._values())
+        if parts.checkpointer is None:
+            return
+        self._tell_saved(parts.checkpointer.wait())
+        replica = parts.built.replica
+        tensors = state.tensors(parts.built.model, replica, parts.sync, self._place)
+        parts.checkpointer.save(self.step, state.owned(tensors, replica), self._values())
 
     def __enter__(self) -> Self:
         return self
@@ -130,20 +134,20 @@ class Loop:
                 raise error
 
     def _one_step(self) -> tuple[StepEvent, bool]:
-        parts, step = self.parts, self.step + 1
+        parts, built, step = self.parts, self.parts.built, self.step + 1
         start = time.perf_counter()
         rows = parts.loader.batch(self.sequences_seen)
-        batches = [parts.objective.batch(micro, seed=parts.config.seed, step=step) for micro in rows]
+        batches = [built.split(parts.objective.batch(micro, seed=parts.config.seed, step=step)) for micro in rows]
         factor = parts.schedule_config.factor(step, parts.config.train.steps)
-        parts.replica.set_rate_factor(factor)
+        built.replica.set_rate_factor(factor)
         try:
             result = train_step(
-                parts.replica, parts.sync, parts.schedule, batches, step=step, stop=self.stop_request.asked
+                built.replica, parts.sync, built.schedule, batches, step=step, stop=self.stop_request.asked
             )
         except NonFiniteError as error:
             where = f"replica {self.coordinates.replica}, rank {self.coordinates.rank}"
             device_batches = [batch.to(parts.world.device.torch_device) for batch in batches]
-            raise locate(error, parts.model, parts.replica, parts.objective, device_batches, where) from None
+            raise locate(error, built.model, built.replica, parts.objective, device_batches, where) from None
         step_s = time.perf_counter() - start
         self.step = step
         self.sequences_seen += parts.batch.sequences
@@ -177,7 +181,7 @@ class Loop:
         }
 
     def _resume(self) -> None:
-        checkpoint = find(Path(self.parts.config.train.output) / "checkpoints", self.parts.config.checkpoint.resume)
+        checkpoint = find(self._checkpoints, self.parts.config.checkpoint.resume)
         if checkpoint is None:
             return
         with checkpoint:
@@ -190,8 +194,8 @@ class Loop:
                         f"{key}={values.get(key)!r}, this config has {now!r}: that is another run. Restore the "
                         "config, or choose another train.output."
                     )
-            parts = self.parts
-            state.restore(parts.model, parts.replica, parts.sync, self._place, checkpoint, self._layout)
+            built = self.parts.built
+            state.restore(built.model, built.replica, self.parts.sync, self._place, checkpoint, self._layout)
         self.step = values["step"]
         self.sequences_seen = values["sequences_seen"]
         self.tokens_seen = values["tokens_seen"]
@@ -208,6 +212,16 @@ class Loop:
                 f"replica(s) {others} have other data, or continue from another step, than replica 0; every machine "
                 "needs the same files, and sees the same train.output"
             )
+
+    def _total(self, values: tuple[float, ...]) -> list[float]:
+        """Over all ranks of all replicas."""
+        own, _ = self.parts.built.replica.total(values)
+        total: list[float] = self.parts.sync.total(torch.tensor(own, dtype=torch.float64)).tolist()
+        return total
+
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(self.parts.config.train.output) / "checkpoints"
 
     @property
     def _place(self) -> tuple[int, int]:

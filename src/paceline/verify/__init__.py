@@ -1,0 +1,1 @@
+"""Proof that a layout learns what one process learns."""
