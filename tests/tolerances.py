@@ -10,3 +10,6 @@ FP32_LOSS = 1e-6
 
 FP32_GRADIENT = 1e-5
 """Relative to the tensor's norm. One fp32 forward and backward pass in another order of sums."""
+
+FP32_RUN = 1e-4
+"""Relative. Weights after a few fp32 steps of plain SGD in another order of sums, whose differences add up."""

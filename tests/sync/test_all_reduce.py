@@ -126,7 +126,7 @@ def sharded(member):
     place = Coordinates.of(member.index, replicas=2, ranks=2, local_rank=member.index, local_ranks=4)
     with enter(place, claim(place), member.store, Grid(shard=2), timeout_s=30.0, loopback=True) as world:
         model, goal = tiny_llama(), objective()
-        states = ShardedStates(model, world.mesh.states_mesh, torch.float64, zero=3)
+        states = ShardedStates(model, world.mesh, torch.float64, zero=3)
         replica = ModuleReplica(states, SGD(lr=0.3), None, mesh=world.mesh)
         sync = AllReduce(bucket_mib=0.002).build(world.link)
         sync.start(replica)

@@ -63,9 +63,9 @@ class Axis:
         if self.size == 1:
             return tensor
         self.tally.add("all_gather", self.name, where, tensor.nbytes)
-        pieces = tensor.new_empty((self.size, *tensor.shape))
-        dist.all_gather_into_tensor(pieces, tensor.contiguous(), group=self.group)
-        return torch.cat(pieces.unbind(0), dim)
+        pieces = tensor.new_empty(self.size * tensor.numel())
+        dist.all_gather_single(pieces, tensor.flatten(), group=self.group)
+        return torch.cat(pieces.view(self.size, *tensor.shape).unbind(0), dim)
 
     def reduce_scatter(self, tensor: Tensor, dim: int, *, where: str = "") -> Tensor:
         """This rank's piece, along ``dim``, of the sum over the axis; the size of ``dim`` divides by the axis's."""
@@ -74,7 +74,7 @@ class Axis:
         self.tally.add("reduce_scatter", self.name, where, tensor.nbytes)
         pieces = torch.stack(tensor.chunk(self.size, dim))
         own = torch.empty_like(pieces[0])
-        dist.reduce_scatter_tensor(own, pieces, group=self.group)
+        dist.reduce_scatter_single(own.flatten(), pieces.flatten(), group=self.group)
         return own
 
     def all_to_all(self, tensor: Tensor, cut: int, join: int, *, where: str = "") -> Tensor:

@@ -24,6 +24,7 @@ from paceline.data.tokenizer import SpecialTokens
 from paceline.errors import ModelError
 from paceline.models.heads import Head
 from paceline.objectives.cross_entropy import NO_TARGET, summed_cross_entropy
+from paceline.parallel.vocabulary import vocabulary_cut
 
 Arrays = dict[str, NDArray[Any] | bool]
 
@@ -100,6 +101,7 @@ class ObjectiveOptions(Options):
 def token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Summed cross-entropy of the model's logits at all targets of the batch: scalar fp32.
 
+    Where the model's vocabulary is cut over ranks, each has the logits of its own entries, and all get the same sum.
     Raises ``ModelError`` if the model does not take the batch's inputs or gives no (B, S, V) logits.
     """
     logits_BSV = logits_of(model, batch.inputs)
@@ -108,7 +110,7 @@ def token_loss(model: nn.Module, batch: Batch) -> Tensor:
             f"{type(model).__name__} gave logits of shape {tuple(logits_BSV.shape)}; expected "
             f"({', '.join(str(size) for size in batch.labels.shape)}, vocabulary)"
         )
-    return summed_cross_entropy(logits_BSV, batch.labels)
+    return summed_cross_entropy(logits_BSV, batch.labels, vocabulary_cut(model))
 
 
 def logits_of(model: nn.Module, inputs: Mapping[str, Tensor | bool]) -> Tensor:

@@ -1,7 +1,7 @@
 """Sharding the states of a replica over its ranks (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054), by FSDP2.
 
-Gradients are summed, never averaged: the loss was divided by the number of targets before the backward pass. FSDP2 keeps
-the fp32 masters itself, each rank its rows, and computes with a bf16 copy that it gathers block by block.
+Gradients are summed, never averaged: the loss was divided by the number of targets before the backward pass. FSDP2
+keeps the fp32 masters itself, each rank its rows, and computes with a bf16 copy that it gathers block by block.
 
     zero   optimizer's states   gradients                         weights
     1      sharded              whole until the last micro-batch  whole from the forward to the backward pass
@@ -9,13 +9,15 @@ the fp32 masters itself, each rank its rows, and computes with a bf16 copy that 
     3      sharded              sharded                           a block at a time
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from paceline.comm.mesh import Axis, Mesh
 from paceline.errors import PlanError
 from paceline.parallel.blocks import blocks
 from paceline.parallel.precision import OnGradient
@@ -24,10 +26,13 @@ from paceline.parallel.precision import OnGradient
 class ShardedStates:
     """A model whose parameters are DTensors, each rank with its rows; the counterpart of ``precision.Masters``."""
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, *, zero: int) -> None:
+    def __init__(self, model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, zero: int) -> None:
         master = {torch.promote_types(p.dtype, torch.float32) for p in model.parameters()}
         if len(master) != 1:
-            raise PlanError(f"layout.shard={mesh.size()} needs parameters of one dtype; this model has {master}")
+            raise PlanError(
+                f"layout.shard={mesh.shard.size} needs parameters of one dtype; this model has "
+                f"{', '.join(sorted(map(str, master)))}. Convert the model, or use shard=1"
+            )
         (master_dtype,) = master
         model.to(master_dtype)
         self._zero = zero
@@ -54,21 +59,50 @@ class ShardedStates:
 
 
 def _shard(
-    model: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None, master: torch.dtype, zero: int
+    model: nn.Module, mesh: Mesh, compute: torch.dtype | None, master: torch.dtype, zero: int
 ) -> list[FSDPModule]:
     """Every block is a group of its own, the rest is the root's, which comes last in what is returned."""
     inner = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     outer = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=True)
-    for block in blocks(model).values():
-        fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=zero == 3)
+    found = blocks(model)
+    for block in found.values():
+        fully_shard(block, mesh=mesh.states_mesh, mp_policy=inner, reshard_after_forward=zero == 3)
     # The root's weights are wanted again at once: its last layer is the first of the backward pass.
-    fully_shard(model, mesh=mesh, mp_policy=outer, reshard_after_forward=False)
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    assert len(modules) == len(blocks(model)) + 1
-    for module in modules:  # the setters are not recursive
+    fully_shard(model, mesh=mesh.states_mesh, mp_policy=outer, reshard_after_forward=False)
+    modules: dict[str, Any] = {**found, "the rest": model}
+    assert sum(isinstance(module, FSDPModule) for module in model.modules()) == len(modules)
+    for name, module in modules.items():  # the setters are not recursive
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    return [*modules[1:], modules[0]]
+        module.set_custom_all_gather(_AllGather(mesh.states, name))
+        module.set_custom_reduce_scatter(_ReduceScatter(mesh.states, name))
+    return list(modules.values())
+
+
+class _Tallied:
+    """Memory for a collective of FSDP2, as it takes it itself."""
+
+    def __init__(self, axis: Axis, where: str) -> None:
+        self._axis, self._where = axis, where
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """See ``torch.distributed.fsdp``'s interface ``Comm``."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def _add(self, kind: str, tensor: torch.Tensor) -> None:
+        self._axis.tally.add(kind, self._axis.name, self._where, tensor.nbytes)
+
+
+class _AllGather(_Tallied):
+    def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, async_op: bool = False) -> Any:
+        self._add("all_gather", input_tensor)
+        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _ReduceScatter(_Tallied):
+    def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, op: Any, async_op: bool = False) -> Any:
+        self._add("reduce_scatter", input_tensor)
+        return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def _telling(fn: OnGradient, name: str) -> Callable[[torch.Tensor], None]:

@@ -7,10 +7,11 @@ from paceline.comm.device import cores, cpu_has_bf16_units, processor_name
 from paceline.config import Config, strategy_name
 from paceline.errors import ConfigError
 from paceline.models.describe import describe
-from paceline.plan.batch import BatchPlan, plan_batch
+from paceline.plan.batch import BatchPlan
 from paceline.plan.layout import Grid
 from paceline.plan.memory import RankMemory, rank_memory
 from paceline.plan.model import ModelSizes
+from paceline.plan.run import plan_run
 from paceline.train.assemble import (
     check_positions,
     model_sizes,
@@ -105,8 +106,7 @@ def explain(config: Config) -> Plan:
     source = resolve_model(config)
     if source is None:
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
-    grid = Grid.of(config.layout)
-    batch = plan_batch(config.batch, config.replicas * grid.shard)
+    grid, batch = plan_run(config)
     check_positions(source, config.batch.sequence_tokens)
     vocabulary, vocabulary_is_open = wanted_vocabulary(config, source), source.vocabulary is None
     if vocabulary_is_open and vocabulary is not None:

@@ -19,8 +19,8 @@ from paceline.errors import ConfigError
 from paceline.export import hugging_face
 from paceline.launch import torchrun
 from paceline.launch.local import LocalRun
-from paceline.plan.batch import plan_batch
 from paceline.plan.layout import Grid
+from paceline.plan.run import plan_run
 from paceline.recipes import folder as run_folder
 from paceline.recipes.prepare import prepare_in_child
 from paceline.track import RunInfo, Tracker
@@ -68,9 +68,8 @@ def run(config: Config, *, debug: bool = False, say: Say = print) -> Result | No
     """
     if config.model is None:
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
-    grid = Grid.of(config.layout)
+    grid, _ = plan_run(config)
     ranks = grid.ranks
-    plan_batch(config.batch, config.replicas * grid.shard)
     find(Path(config.train.output) / "checkpoints", config.checkpoint.resume)  # what cannot be resumed fails at once
     if torchrun.started_by_torchrun():
         return _train_as_rank(config, ranks, say)

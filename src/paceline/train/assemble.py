@@ -29,10 +29,11 @@ from paceline.objectives.base import Objective, ObjectiveContext, ObjectiveOptio
 from paceline.objectives.isolation import check_isolation
 from paceline.optim.base import OptimizerConfig, ScheduleConfig
 from paceline.parallel.blocks import blocks
-from paceline.plan.batch import BatchPlan, plan_batch
+from paceline.plan.batch import BatchPlan
 from paceline.plan.model import ModelSizes
+from paceline.plan.run import plan_run
 from paceline.sync.base import Sync
-from paceline.train.build import Built, build
+from paceline.train.build import Built, Goal, build
 
 Say = Callable[[str], None]
 
@@ -122,7 +123,8 @@ def assemble(
 ) -> Parts:
     """Build every part of this rank. ``module`` and ``objective`` take the place of those the config names."""
     coordinates, device = world.coordinates, world.device
-    batch = plan_batch(config.batch, world.data_ranks)
+    _, batch = plan_run(config)
+    assert batch.data_parallel == world.data_ranks
     source = resolve_model(config) if module is None else None
     prepared = prepare_data(config, source, say=say)
     if source:
@@ -152,9 +154,15 @@ def assemble(
         choose(model, dtype=dtype, device=device.torch_device)
     if config.data.isolate_documents:
         check_isolation(model, options, context)
+    first = [train_rows[0].row(i % len(train_rows[0]), i) for i in range(2)]
     built = build(
         model,
-        objective,
+        Goal(
+            objective=objective,
+            options=options,
+            context=context,
+            sample=objective.batch(first, seed=config.seed, step=0),
+        ),
         layout=config.layout,
         mesh=world.mesh,
         optimizer=config.optimizer,  # type: ignore[arg-type]

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
-from torch import nn
 
 from paceline.config import strategy_name
 from paceline.errors import TrainError
+from paceline.parallel.dropout import dropouts
 from paceline.plan.model import FLOPS_FORMULA
 from paceline.track import RunInfo, Tracker, open_trackers
 from paceline.train.assemble import Parts
@@ -48,7 +48,7 @@ def _warnings(parts: Parts) -> Iterator[str]:
         )
     if parts.loader.warning:
         yield parts.loader.warning
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in parts.built.model.modules()):
+    if dropouts(parts.built.model):
         yield (
             "this model has dropout: its masks follow from seed, step and micro-batch, so in this version another "
             "batch.micro or number of replicas draws other ones"

@@ -1,7 +1,7 @@
 """Which layouts are tried, from the words of the command line."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -9,6 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from paceline.config import Count, LayoutConfig
+from paceline.data.rows import Row
 from paceline.errors import ConfigError
 from paceline.plan.layout import AXES, Grid
 
@@ -72,6 +73,19 @@ class Case:
         """Ranks of all replicas."""
         return self.replicas * self.grid.ranks
 
+    def share(self, rows: Sequence[Row], rank: int, ranks: int) -> list[list[Row]]:
+        """The micro-batches of one data-parallel rank; the same number on each, filled up with rows of zero weight.
+
+        A pipeline gets single rows, and as many as any schedule asks for.
+        """
+        places = -(-len(rows) // ranks)
+        micro = 1 if self.layout.pipeline > 1 else max(1, places // self.accumulate)
+        round_ = 2 * self.layout.pipeline if self.layout.pipeline > 1 else 1
+        count = -(-places // (micro * round_)) * round_
+        own = list(rows[rank::ranks])
+        own += [replace(own[0], sequence=10**6 + i, weight=0.0) for i in range(count * micro - len(own))]
+        return [own[i : i + micro] for i in range(0, len(own), micro)]
+
     @property
     def name(self) -> str:
         """As the command line spells it."""
@@ -85,7 +99,7 @@ def parse(text: str) -> list[Case]:
     if text == "all":
         return [_case(words) for words in (*SINGLE, *TOGETHER)]
     if text == "pairs":
-        return [_case(words) for words in _pairs()]
+        return list({case.name: case for case in map(_case, _pairs())}.values())
     return [_case(words) for words in text.split(";") if words.strip()]
 
 

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from paceline.train.memory import used_bytes
 from paceline.train.state import part_of
 from paceline.train.step import train_step
 from paceline.verify.cases import Case
-from paceline.verify.subject import SEQUENCE_TOKENS, SEQUENCES, Subject, share
+from paceline.verify.double import in_double
+from paceline.verify.subject import SEQUENCE_TOKENS, SEQUENCES, Subject
 from paceline.workers.pool import Member
 
 RATE = 0.1
@@ -38,12 +40,13 @@ def probe(member: Member, config: Config, case: Case, subject: Subject, dtype: s
     )
     device = claim(coordinates)
     store = member.store if member.size > 1 else None
-    with enter(coordinates, device, store, case.grid, timeout_s=60.0, loopback=True) as world:
-        objective = subject.options.build(subject.context)
+    exact = in_double() if dtype == "float64" else nullcontext()
+    with enter(coordinates, device, store, case.grid, timeout_s=60.0, loopback=True) as world, exact:
+        objective = subject.goal().objective
         try:
             built = build(
                 subject.model(getattr(torch, dtype)),
-                objective,
+                subject.goal(),
                 layout=case.layout,
                 mesh=world.mesh,
                 optimizer=SGD(lr=RATE),
@@ -61,7 +64,7 @@ def probe(member: Member, config: Config, case: Case, subject: Subject, dtype: s
         start_s = time.perf_counter()
         for step in range(1, steps + 1):
             built.replica.set_rate_factor(1.0)
-            rows = share(subject.rows(step), world.data_rank, world.data_ranks, accumulate=case.accumulate)
+            rows = case.share(subject.rows(step), world.data_rank, world.data_ranks)
             batches = [built.split(objective.batch(micro, seed=subject.seed, step=step)) for micro in rows]
             seen.gradients = step == 1
             result = train_step(built.replica, _Watching(sync, seen), built.schedule, batches, step=step, stop=False)  # type: ignore[arg-type]

@@ -2,12 +2,12 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from paceline.config import Config
+from paceline.config import Config, LayoutConfig
 from paceline.errors import ConfigError, WorkerError
 from paceline.verify.cases import Case, parse
 from paceline.verify.compare import BOUNDS, Boxes, Difference, compare
@@ -17,6 +17,11 @@ from paceline.workers.pool import Pool
 
 DTYPES = {"fp64": "float64", "fp32": "float32"}
 STEPS = 20
+_WIDTH = 58
+HEADER = (
+    f"{'layout':<{_WIDTH}}{'loss':>9}{'gradient':>10}{'parameter':>11}{'last loss':>11}{'KiB sent':>10}{'MiB':>8}"
+    f"{'tokens/s':>10}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,17 @@ class Row:
     """Of the rank that sends most, a step."""
     memory_bytes: int = 0
     tokens_per_s: float = 0.0
+
+    def text(self) -> str:
+        """A line of the table."""
+        if self.difference is None:
+            return f"{self.layout:<{_WIDTH}}{self.verdict}: {self.reason}"
+        d = self.difference
+        numbers = (
+            f"{d.loss:>9.0e}{d.gradient.error:>10.0e}{d.parameter.error:>11.0e}{d.loss_at_end:>11.0e}"
+            f"{self.sent_bytes / 1024:>10,.1f}{self.memory_bytes / 2**20:>8,.0f}{self.tokens_per_s:>10,.0f}"
+        )
+        return f"{self.layout:<{_WIDTH}}{numbers}  {self.verdict}{': ' + self.reason if self.reason else ''}"
 
     @property
     def is_good(self) -> bool:
@@ -83,81 +99,66 @@ def verify(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-    cases = [own_case(config)] if layouts is None else parse(layouts)
+    cases = [Case(layout=config.layout, replicas=config.replicas)] if layouts is None else parse(layouts)
     if layouts in {"all", "pairs"}:
         cases = [case for case in cases if case.ranks <= ranks]
     if large := [case.name for case in cases if case.ranks > ranks]:
         raise ConfigError(f"layouts: {large[0]} has more than {ranks} ranks; say --ranks for more")
-    subject = Subject.of(config, full=full)
-    size = max(case.ranks for case in cases)
-    say(_HEADER)
-    with tempfile.TemporaryDirectory(prefix="paceline-verify-") as folder, Pool(size) as pool:
-        one = Case(layout=config.layout.model_copy(update=_WHOLE))
-        reference_run = _run(pool, config, one, subject, dtype, Path(folder))[0]
-        if "refused" in reference_run:
-            raise ConfigError(f"the model does not train in one process: {reference_run['refused']}")
-        reference = Boxes(Path(folder) / "case").full()
-        rows = []
+    if not cases:
+        raise ConfigError(f"layouts={layouts!r} names no layout")
+    rows = []
+    with Pool(max(case.ranks for case in cases)) as pool, Trial(config, pool, dtype=dtype, full=full) as trial:
+        say(HEADER)
         for case in cases:
-            rows.append(_judge(pool, config, case, subject, dtype, Path(folder), reference, reference_run))
-            say(_line(rows[-1]))
-    return Table(rows=tuple(rows), dtype=dtype, model=f"{subject.source.family}{'' if full else ', made small'}")
+            rows.append(trial.judge(case))
+            say(rows[-1].text())
+    model = f"{trial.subject.source.family}{'' if full else ', made small'}"
+    return Table(rows=tuple(rows), dtype=dtype, model=model)
 
 
-_WHOLE = {"shard": 1, "tensor": 1, "pipeline": 1, "context": 1, "expert": 1, "recompute": "none", "sequence": False}
+class Trial:
+    """A model that was trained in one process, to judge layouts by."""
 
+    def __init__(self, config: Config, pool: Pool, *, dtype: str = "fp64", full: bool = False) -> None:
+        self.subject = Subject.of(config, full=full)
+        self._config, self._pool, self._dtype = config, pool, dtype
+        self._folder = tempfile.TemporaryDirectory(prefix="paceline-verify-")
+        self._own_run = self._run(Case(layout=LayoutConfig()))[0]
+        self._own = Boxes(self._case_folder).full()
 
-def own_case(config: Config) -> Case:
-    """The layout and replicas that a config asks for."""
-    return Case(layout=config.layout, replicas=config.replicas)
+    def judge(self, case: Case) -> Row:
+        """Train under a layout, and compare."""
+        try:
+            runs = self._run(case)
+        except WorkerError as error:
+            return Row(layout=case.name, verdict="failed", reason=str(error).strip().splitlines()[-1])
+        if refusals := [run["refused"] for run in runs if "refused" in run]:
+            return Row(layout=case.name, verdict="refused", reason=refusals[0])
+        difference = compare(self._own, self._own_run, self._case_folder, runs, BOUNDS[self._dtype])
+        return Row(
+            layout=case.name,
+            verdict="DIFFERS" if difference.wrong else "equal",
+            reason="; ".join(difference.wrong[:3]),
+            difference=difference,
+            sent_bytes=max(run["sent_bytes"] for run in runs),
+            memory_bytes=max(run["memory_bytes"] for run in runs),
+            tokens_per_s=min(run["tokens_per_s"] for run in runs),
+        )
 
+    def __enter__(self) -> Self:
+        return self
 
-def _run(
-    pool: Pool, config: Config, case: Case, subject: Subject, dtype: str, folder: Path
-) -> Sequence[dict[str, Any]]:
-    own = folder / "case"
-    shutil.rmtree(own, ignore_errors=True)
-    own.mkdir()
-    return pool.run(probe, case.ranks, config, case, subject, DTYPES[dtype], STEPS, str(own), timeout_s=300.0)
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
 
+    @property
+    def _case_folder(self) -> Path:
+        return Path(self._folder.name) / "case"
 
-def _judge(
-    pool: Pool,
-    config: Config,
-    case: Case,
-    subject: Subject,
-    dtype: str,
-    folder: Path,
-    reference: Any,
-    reference_run: dict[str, Any],
-) -> Row:
-    try:
-        runs = _run(pool, config, case, subject, dtype, folder)
-    except WorkerError as error:
-        return Row(layout=case.name, verdict="failed", reason=" ".join(str(error).strip().splitlines()[-1:]))
-    if refusals := [run["refused"] for run in runs if "refused" in run]:
-        return Row(layout=case.name, verdict="refused", reason=refusals[0])
-    difference = compare(reference, reference_run, folder / "case", runs, BOUNDS[dtype])
-    return Row(
-        layout=case.name,
-        verdict="DIFFERS" if difference.wrong else "equal",
-        reason="; ".join(difference.wrong[:3]),
-        difference=difference,
-        sent_bytes=max(run["sent_bytes"] for run in runs),
-        memory_bytes=max(run["memory_bytes"] for run in runs),
-        tokens_per_s=min(run["tokens_per_s"] for run in runs),
-    )
-
-
-_HEADER = f"{'layout':<48}{'loss':>9}{'gradient':>10}{'parameter':>11}{'last loss':>11}{'KiB sent':>10}{'tokens/s':>10}"
-
-
-def _line(row: Row) -> str:
-    if row.difference is None:
-        return f"{row.layout:<48}{row.verdict}: {row.reason}"
-    d = row.difference
-    numbers = (
-        f"{d.loss:>9.0e}{d.gradient.error:>10.0e}{d.parameter.error:>11.0e}{d.loss_at_end:>11.0e}"
-        f"{row.sent_bytes / 1024:>10,.1f}{row.tokens_per_s:>10,.0f}"
-    )
-    return f"{row.layout:<48}{numbers}  {row.verdict}{': ' + row.reason if row.reason else ''}"
+    def _run(self, case: Case) -> list[dict[str, Any]]:
+        folder = self._case_folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        dtype = DTYPES[self._dtype]
+        arguments = (self._config, case, self.subject, dtype, STEPS, str(folder))
+        return self._pool.run(probe, case.ranks, *arguments, timeout_s=300.0)

@@ -14,6 +14,7 @@ from paceline.data.tokenizer import SpecialTokens
 from paceline.errors import ConfigError
 from paceline.models.source import ModelSource
 from paceline.objectives.base import ObjectiveContext, ObjectiveOptions
+from paceline.train.build import Goal
 
 SMALL: dict[str, int] = {
     "vocab_size": 131,  # divides by no number of ranks
@@ -91,7 +92,9 @@ class Subject:
 
     def model(self, dtype: torch.dtype) -> nn.Module:
         """Whole, on the CPU, in ``dtype``; norms and biases at random values, for ones and zeros hide mistakes."""
-        model = self.source.build(self.seed).to(dtype)
+        model: Any = self.source.build(self.seed).to(dtype)
+        if dtype is torch.float64 and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # torch's grouped products know no fp64
         if self.source.folder is None:
             for index, (name, parameter) in enumerate(model.named_parameters()):
                 if parameter.ndim == 1:
@@ -99,7 +102,14 @@ class Subject:
                     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                     parameter.data.add_(0.3 * noise.to(dtype))
                     assert parameter.data.isfinite().all(), name
-        return model
+        whole: nn.Module = model
+        return whole
+
+    def goal(self) -> Goal:
+        """What the model is to learn."""
+        objective = self.options.build(self.context)
+        sample = objective.batch(self.rows(0)[1:3], seed=self.seed, step=0)
+        return Goal(objective=objective, options=self.options, context=self.context, sample=sample)
 
     def rows(self, step: int) -> list[Row]:
         """The global batch of a step: rows of uneven length, documents inside them, and one row without a target."""
@@ -136,14 +146,3 @@ def small_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 def no_dropout(config: Mapping[str, Any]) -> dict[str, float]:
     """What switches off every dropout of a config."""
     return {key: 0.0 for key, value in config.items() if isinstance(value, float) and value > 0 and "drop" in key}
-
-
-def share(rows: Sequence[Row], rank: int, ranks: int, *, accumulate: int) -> list[list[Row]]:
-    """Micro-batches of one data-parallel rank, the same number on each, filled up with rows of zero weight."""
-    places = -(-len(rows) // ranks)
-    micro = max(1, places // accumulate)
-    count = -(-places // micro)
-    own = list(rows[rank::ranks])
-    filler = [replace(own[0], sequence=10**6 + i, weight=0.0) for i in range(count * micro - len(own))]
-    own += filler
-    return [own[i : i + micro] for i in range(0, len(own), micro)]
