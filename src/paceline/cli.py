@@ -98,7 +98,7 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small model on this machine's own Python documentation and sources, in two to three minutes."""
+    """Train a small model on this machine's own Python documentation and sources, in about two minutes."""
     from paceline.recipes.demo import demo as run
 
     summary = run(output, overrides or [], debug=debug)

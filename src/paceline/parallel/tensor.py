@@ -260,7 +260,7 @@ class _Cutter:
             cut_lookup(table, cut, name)
         elif type(table) is nn.Linear:
             cut_head(table, cut, name)
-            if table.bias is not None:
+            if isinstance(table.bias, nn.Parameter):  # a stage of a pipeline may lack it
                 self.parameters.cut_rows(table, "bias")
         else:
             raise PlanError(

@@ -17,11 +17,7 @@ from paceline.workers.pool import Pool
 
 DTYPES = {"fp64": "float64", "fp32": "float32"}
 STEPS = 20
-_WIDTH = 58
-HEADER = (
-    f"{'layout':<{_WIDTH}}{'loss':>9}{'gradient':>10}{'parameter':>11}{'last loss':>11}{'KiB sent':>10}{'MiB':>8}"
-    f"{'tokens/s':>10}"
-)
+HEADER = f"{'loss':>9}{'gradient':>10}{'parameter':>11}{'last loss':>11}{'KiB sent':>10}{'MiB':>6}{'tokens/s':>10}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +34,16 @@ class Row:
     memory_bytes: int = 0
     tokens_per_s: float = 0.0
 
-    def text(self) -> str:
-        """A line of the table."""
+    def text(self, width: int = 0) -> str:
+        """A line of the table, whose first column has ``width``."""
         if self.difference is None:
-            return f"{self.layout:<{_WIDTH}}{self.verdict}: {self.reason}"
+            return f"{self.layout:<{width}}  {self.verdict}: {self.reason}"
         d = self.difference
         numbers = (
             f"{d.loss:>9.0e}{d.gradient.error:>10.0e}{d.parameter.error:>11.0e}{d.loss_at_end:>11.0e}"
-            f"{self.sent_bytes / 1024:>10,.1f}{self.memory_bytes / 2**20:>8,.0f}{self.tokens_per_s:>10,.0f}"
+            f"{self.sent_bytes / 1024:>10,.1f}{self.memory_bytes / 2**20:>6,.0f}{self.tokens_per_s:>10,.0f}"
         )
-        return f"{self.layout:<{_WIDTH}}{numbers}  {self.verdict}{': ' + self.reason if self.reason else ''}"
+        return f"{self.layout:<{width}}{numbers}  {self.verdict}{': ' + self.reason if self.reason else ''}"
 
     @property
     def is_good(self) -> bool:
@@ -108,10 +104,11 @@ def verify(
         raise ConfigError(f"layouts={layouts!r} names no layout")
     rows = []
     with Pool(max(case.ranks for case in cases)) as pool, Trial(config, pool, dtype=dtype, full=full) as trial:
-        say(HEADER)
+        width = max(len(case.name) for case in cases)
+        say(f"{'layout':<{width}}{HEADER}")
         for case in cases:
             rows.append(trial.judge(case))
-            say(rows[-1].text())
+            say(rows[-1].text(width))
     model = f"{trial.subject.source.family}{'' if full else ', made small'}"
     return Table(rows=tuple(rows), dtype=dtype, model=model)
 
