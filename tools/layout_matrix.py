@@ -2,8 +2,8 @@
 
     python tools/layout_matrix.py [--family NAME ...] [--check]
 
-A cell is a layout times a family: the family's tiny model trained under the layout and in one process, in fp64, compared
-as ``paceline verify`` does. ``--check`` writes nothing and fails if a cell is not what the page says.
+A cell is a layout times a family: the family's tiny model trained under the layout and in one process, in fp64, and
+compared as ``paceline verify`` does. ``--check`` writes nothing and fails if a cell is not what the page says.
 """
 
 import argparse
@@ -39,10 +39,10 @@ MARKS = {"equal": "yes", "refused": "refused"}
 
 INTRODUCTION = """# Which layouts are proven, on which families
 
-Written by `make verify-all`. A cell says `yes` where a small model of the family, trained under the layout for 20 steps of
-plain SGD in fp64, held the same loss, gradients and parameters on every rank as one process did, within 1e-10; the batch, the
-vocabulary and the lengths of the rows divide by no number of ranks. `refused` comes with a number: the reason is below.
-[What the comparison is](../guides/layouts.md#verify).
+Written by `make verify-all`. A cell says `yes` where a small model of the family, trained under the layout for 20 steps
+of plain SGD in fp64, held the same loss, gradients and parameters on every rank as one process did, within 1e-10; the
+batch, the vocabulary and the lengths of the rows divide by no number of ranks. `refused` comes with the number of a
+reason below. [What the comparison is](../guides/layouts.md#verify).
 """
 
 
