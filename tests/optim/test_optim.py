@@ -102,3 +102,15 @@ def test_shapes_of_the_schedules():
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(PlanError, match="nothing to train"):
         AdamW().build({})
+
+
+@pytest.mark.parametrize("name", list(registry.OPTIMIZERS))
+def test_elementwise_optimizers_update_a_part_as_in_the_whole(name):
+    options = registry.OPTIMIZERS.load(name)()
+    whole, halves = parameters()["matrix"], [parameters()["matrix"].detach()[:, i : i + 2] for i in (0, 2)]
+    parts = [nn.Parameter(half.clone()) for half in halves]
+    gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for held, own in ((whole, gradient), (parts[0], gradient[:, :2]), (parts[1], gradient[:, 2:])):
+        held.grad = own.clone()
+        options.build({"layers.0.weight": held}).step()
+    assert torch.allclose(torch.cat([*parts], dim=1), whole, rtol=1e-12) is options.is_elementwise

@@ -47,6 +47,13 @@ OVERRIDES = {
     "fewer sequences than ranks": (["replicas=5"], "batch.sequences=4 is fewer than the 5 data-parallel ranks"),
     "micro-batch above the share": (["batch.micro=9"], "batch.micro=9 is more than a rank's share of 4"),
     "a layout that is not built": (["layout.expert=2"], "layout.expert=2"),
+    "more tensor ranks than heads": (["layout.tensor=4"], "tensor="),
+    "an optimizer of whole matrices": (["layout.shard=2", "optimizer={name: muon}"], "that Muon needs whole"),
+    "more stages than blocks": (["layout.pipeline=4", "batch.micro=1"], "Use"),
+    "dropout where ranks share a sequence": (
+        ["layout.tensor=2", "model.config.attention_dropout=0.1"],
+        "with dropout (model.layers.0.self_attn.attention_dropout=0.1)",
+    ),
     "more tokens than positions": (["batch.sequence_tokens=65"], "65 is more than the model's 64 positions"),
     "override without a value": (["train.steps"], "expected key.path=value"),
     "missing data": (["data.source=nowhere.txt"], "nowhere.txt"),

@@ -23,6 +23,7 @@ class AdamW(Options):
     """For matrices; norms and biases never decay."""
 
     state_per_parameter: ClassVar[int] = 2
+    is_elementwise: ClassVar[bool] = True
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over named parameters."""

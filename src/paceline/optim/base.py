@@ -22,6 +22,11 @@ class OptimizerConfig(Protocol):
         """Tensors like the parameter that the optimizer keeps."""
         ...
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether every value is updated by itself, so that a part of a parameter is updated as in the whole."""
+        ...
+
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over named parameters."""
 

@@ -9,7 +9,7 @@ Shapes: M matrices of R rows and C columns, R <= C.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Muon(Options):
     """AdamW's, for the rest."""
     weight_decay: NonNegative = 0.1
     """For matrices; norms and biases never decay."""
+
+    is_elementwise: ClassVar[bool] = False
 
     @property
     def state_per_parameter(self) -> int:

@@ -1,7 +1,7 @@
 """Stochastic gradient descent, with momentum if asked: the optimizer of proofs, for it hides no scale error."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ class SGD(Options):
     """Look ahead along the momentum; needs momentum above 0."""
     weight_decay: NonNegative = 0.0
     """Added to the gradient, for matrices only."""
+
+    is_elementwise: ClassVar[bool] = True
 
     def model_post_init(self, _: Any) -> None:
         """Refuse what torch refuses."""

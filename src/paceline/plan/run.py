@@ -37,4 +37,5 @@ def _with_micro(batch: BatchConfig, config: Config, data_parallel: int) -> Batch
     fits = [
         micro for micro in range(1, share + 1) if schedule.allows(count := -(-share // micro)) and count >= 2 * stages
     ]
-    return batch.model_copy(update={"micro": max(fits, default=1)})
+    even_first = max(fits, default=1, key=lambda micro: (share % micro == 0, micro))
+    return batch.model_copy(update={"micro": even_first})

@@ -67,6 +67,13 @@ def build(
     All ranks of a replica call this together. Raises ``PlanError`` for what this model or these passes cannot do.
     """
     _refuse_dropout(model, mesh)
+    cuts_parameters = [axis for axis in (mesh.shard, mesh.context, mesh.tensor) if axis.size > 1]
+    if cuts_parameters and not optimizer.is_elementwise:
+        axis = cuts_parameters[0]
+        raise PlanError(
+            f"layout.{axis.name}={axis.size} cuts matrices that {type(optimizer).__name__} needs whole, which is not "
+            "built. Use optimizer=adamw, or replicas and pipeline"
+        )
     whole = frozenset(name for name, _ in model.named_parameters())
     held: dict[str, Held] = {}
     stages = context = None
