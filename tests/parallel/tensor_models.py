@@ -12,9 +12,9 @@ from paceline.models.attention import register
 from paceline.models.heads import auto_class
 from paceline.models.tiny import TINY
 from paceline.objectives.base import Batch, token_loss
+from paceline.objectives.vocabulary import gather_logits
 from paceline.parallel.held import take
 from paceline.parallel.tensor import cut_tensor
-from paceline.parallel.vocabulary import gather_logits
 from paceline.plan.layout import Grid
 from tolerances import FP64_EQUAL
 

@@ -10,15 +10,9 @@ from paceline.comm.mesh import Axis
 from paceline.errors import PlanError
 from paceline.objectives import cross_entropy
 from paceline.objectives.cross_entropy import summed_cross_entropy
+from paceline.objectives.vocabulary import VocabularyCut, gather_logits, vocabulary_cut
 from paceline.parallel.held import cut_runs, take
-from paceline.parallel.vocabulary import (
-    VocabularyCut,
-    cut_head,
-    cut_lookup,
-    gather_logits,
-    is_plain_lookup,
-    vocabulary_cut,
-)
+from paceline.parallel.vocabulary import cut_head, cut_lookup, is_plain_lookup
 from paceline.plan.layout import Grid
 
 VOCABULARY = 11

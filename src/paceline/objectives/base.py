@@ -24,7 +24,7 @@ from paceline.data.tokenizer import SpecialTokens
 from paceline.errors import ModelError
 from paceline.models.heads import Head
 from paceline.objectives.cross_entropy import NO_TARGET, summed_cross_entropy
-from paceline.parallel.vocabulary import vocabulary_cut
+from paceline.objectives.vocabulary import vocabulary_cut
 
 Arrays = dict[str, NDArray[Any] | bool]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paceline.parallel.vocabulary import VocabularyCut
+from paceline.objectives.vocabulary import VocabularyCut
 
 NO_TARGET = -100
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from paceline.comm.mesh import Mesh
 from paceline.errors import PlanError
+from paceline.objectives.vocabulary import VocabularyCut
 from paceline.parallel.blocks import blocks
 from paceline.parallel.held import Held
 from paceline.parallel.tensor_heads import Heads, is_attention, tell
@@ -39,7 +40,7 @@ from paceline.parallel.tensor_regions import (
     select_features,
 )
 from paceline.parallel.tensor_rules import COLUMNS, Styles, is_in, leaf_of, norm_after, parent_of, styles_of
-from paceline.parallel.vocabulary import VocabularyCut, cut_head, cut_lookup, is_plain_lookup
+from paceline.parallel.vocabulary import cut_head, cut_lookup, is_plain_lookup
 
 TOKEN_BY_TOKEN = ("gate", "router", "shared_expert_gate")
 """Names of modules between regions that treat each position by itself; norms do too."""

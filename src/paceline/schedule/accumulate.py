@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from paceline.objectives.base import Batch, Objective, logits_of
-from paceline.parallel.vocabulary import gather_logits
+from paceline.objectives.vocabulary import gather_logits
 
 
 class Accumulate:

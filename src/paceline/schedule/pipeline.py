@@ -16,9 +16,9 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get
 from paceline.comm.mesh import Mesh
 from paceline.errors import PacelineError, PlanError
 from paceline.objectives.base import Batch, Objective, logits_of
+from paceline.objectives.vocabulary import gather_logits
 from paceline.parallel.slots import StageOutput
 from paceline.parallel.stages import Stages
-from paceline.parallel.vocabulary import gather_logits
 from paceline.plan.stages import KINDS
 from paceline.schedule.shapes import Shapes, Signature, Wires, empty_header, header, read_header, signature_of, wires_of
 from paceline.schedule.sharded import begin_split_backward, reduce_gradients
