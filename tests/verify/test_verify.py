@@ -50,6 +50,21 @@ def test_llama(llama, words):
     assert row.verdict == "equal", row.text()
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("expert=2", "layout.expert=2"),
+        ("shard=2,pipeline=2,schedule=zbv", "Use zero=2"),
+        ("tensor=3", "attention heads"),
+        ("pipeline=2,schedule=none", "layout.schedule='none'"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(llama, words, expected):
+    (case,) = parse(words)
+    row = llama.judge(case)
+    assert row.verdict == "refused" and expected in row.reason
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral", "bert", "t5"])
 def test_other_families(pool, family):
     with Trial(config(family), pool) as trial:

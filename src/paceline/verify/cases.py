@@ -8,10 +8,12 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from paceline.config import Count, LayoutConfig
+from paceline.config import BatchConfig, Count, LayoutConfig
 from paceline.data.rows import Row
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, PlanError
+from paceline.plan.batch import plan_batch
 from paceline.plan.layout import AXES, Grid
+from paceline.plan.stages import check_schedule
 
 SINGLE = (
     "replicas=2",
@@ -70,8 +72,17 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        """Ranks of all replicas."""
-        return self.replicas * self.grid.ranks
+        """Ranks of all replicas; 0 for a layout that cannot be."""
+        try:
+            return self.replicas * self.grid.ranks
+        except PlanError:
+            return 0
+
+    def check(self) -> None:
+        """Raise ``PlanError`` for a layout that no model can have."""
+        data_parallel = self.replicas * self.grid.shard
+        one_each = BatchConfig(sequences=2 * self.layout.pipeline * data_parallel, sequence_tokens=1, micro=1)
+        check_schedule(self.layout, plan_batch(one_each, data_parallel), compiled=False)
 
     def share(self, rows: Sequence[Row], rank: int, ranks: int) -> list[list[Row]]:
         """The micro-batches of one data-parallel rank; the same number on each, filled up with rows of zero weight.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from paceline.config import Config, LayoutConfig
-from paceline.errors import ConfigError, WorkerError
+from paceline.errors import ConfigError, PlanError, WorkerError
 from paceline.verify.cases import Case, parse
 from paceline.verify.compare import BOUNDS, Boxes, Difference, compare
 from paceline.verify.probe import probe
@@ -103,7 +103,7 @@ def verify(
     if not cases:
         raise ConfigError(f"layouts={layouts!r} names no layout")
     rows = []
-    with Pool(max(case.ranks for case in cases)) as pool, Trial(config, pool, dtype=dtype, full=full) as trial:
+    with Pool(max(1, *(case.ranks for case in cases))) as pool, Trial(config, pool, dtype=dtype, full=full) as trial:
         width = max(len(case.name) for case in cases)
         say(f"{'layout':<{width}}{HEADER}")
         for case in cases:
@@ -126,7 +126,10 @@ class Trial:
     def judge(self, case: Case) -> Row:
         """Train under a layout, and compare."""
         try:
+            case.check()
             runs = self._run(case)
+        except PlanError as error:
+            return Row(layout=case.name, verdict="refused", reason=str(error))
         except WorkerError as error:
             return Row(layout=case.name, verdict="failed", reason=str(error).strip().splitlines()[-1])
         if refusals := [run["refused"] for run in runs if "refused" in run]:
