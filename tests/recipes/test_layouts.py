@@ -10,7 +10,7 @@ from commands import metrics, paceline, tiny_config, write_texts
 from tolerances import FP32_LOSS, FP32_RUN
 
 SGD = (
-    "optimizer={name: sgd, lr: 0.5}",
+    "optimizer={name: sgd, lr: 0.1, momentum: 0.9}",
     "schedule={name: constant}",
     "precision=fp32",
     "train.steps=6",
@@ -59,6 +59,13 @@ def test_a_run_goes_on_under_another_layout(tmp_path, one_process, path):
     for name, tensor in weights.items():
         error = torch.linalg.vector_norm(exported[name] - tensor) / torch.linalg.vector_norm(tensor)
         assert error <= FP32_RUN, name
+
+
+def test_a_run_of_several_ranks_goes_back_to_an_earlier_step(tmp_path, one_process):
+    ran(tmp_path, "layout.shard=2", "layout.tensor=2")
+    ran(tmp_path, "layout.shard=2", "layout.tensor=2", "checkpoint.resume=3")
+    assert losses(tmp_path) == pytest.approx(one_process[0], rel=10 * FP32_LOSS)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*6")] == ["step-00000006"]
 
 
 def test_the_folder_says_which_rank_is_where(tmp_path):

@@ -199,7 +199,7 @@ class Loop:
         self.step = values["step"]
         self.sequences_seen = values["sequences_seen"]
         self.tokens_seen = values["tokens_seen"]
-        if self.parts.checkpointer:
+        if self.parts.checkpointer and self.coordinates.is_leader:  # the folder is one; others wait for it in step 1
             self.parts.checkpointer.set_aside_after(self.step)
 
     def _check_same_run(self) -> None:
