@@ -37,6 +37,8 @@ from paceline.train.build import Built, Goal, build
 
 Say = Callable[[str], None]
 
+PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
 DEFAULT_VOCABULARY = 8192
 """Of a tokenizer trained on the data where neither the model nor the config says a number."""
 
@@ -113,6 +115,23 @@ def wanted_vocabulary(config: Config, source: ModelSource | None) -> int | None:
     return rows if given else asked or rows or DEFAULT_VOCABULARY
 
 
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What is learned, from what, and what it is measured on: the same under every layout."""
+
+    model: nn.Module
+    """Whole, on the CPU, with its values."""
+    source: ModelSource | None
+    prepared: Prepared
+    options: ObjectiveOptions
+    context: ObjectiveContext
+    objective: Objective
+    train: Sequence[Rows]
+    order: Order
+    held_out: Sequence[Rows]
+    dropped_tokens: int = 0
+
+
 def assemble(
     config: Config,
     world: World,
@@ -122,47 +141,28 @@ def assemble(
     say: Say = print,
 ) -> Parts:
     """Build every part of this rank. ``module`` and ``objective`` take the place of those the config names."""
+    precision = resolve_precision(config.precision, world.device.has_bf16_units)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    material = _material(config, module=module, objective=objective, say=say)
+    return put_together(config, world, material, dtype=dtype)
+
+
+def put_together(config: Config, world: World, material: Material, *, dtype: torch.dtype) -> Parts:
+    """Cut the model as the config's layout says, deal out the rows, and build what the loop needs besides."""
     coordinates, device = world.coordinates, world.device
     _, batch = plan_run(config)
     assert batch.data_parallel == world.data_ranks
-    source = resolve_model(config) if module is None else None
-    prepared = prepare_data(config, source, say=say)
-    if source:
-        source = source.with_vocabulary(prepared.special.vocabulary, asdict(prepared.special))
-        check_positions(source, config.batch.sequence_tokens)
-    context = objective_context(config, prepared, source)
-    options = objective_options(config)
-    row_tokens = options.row_tokens(context)
-    train_rows = _rows(config, prepared, row_tokens, options.overlap)
-    order = _order(config, train_rows)
-    loader = Loader(
-        train_rows,
-        order,
-        sequences=batch.sequences,
-        rank=world.data_rank,
-        ranks=world.data_ranks,
-        micro=batch.micro,
-    )
-    model = source.build(config.seed) if source else module
-    if model is None:
-        raise PlanError("there is no model: set model.config, model.preset or model.path, or pass a module")
-    sizes = model_sizes(model, prepared.special.vocabulary)
-    objective = objective or options.build(context)
-    precision = resolve_precision(config.precision, device.has_bf16_units)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model, source, options, context = material.model, material.source, material.options, material.context
+    sizes = model_sizes(model, context.special.vocabulary)
     if source and source.attention == "auto":
         choose(model, dtype=dtype, device=device.torch_device)
-    if config.data.isolate_documents:
+    if context.isolate_documents:
         check_isolation(model, options, context)
-    first = [train_rows[0].row(i % len(train_rows[0]), i) for i in range(2)]
+    first = [material.train[0].row(i % len(material.train[0]), i) for i in range(2)]
+    sample = material.objective.batch(first, seed=config.seed, step=0)
     built = build(
         model,
-        Goal(
-            objective=objective,
-            options=options,
-            context=context,
-            sample=objective.batch(first, seed=config.seed, step=0),
-        ),
+        Goal(objective=material.objective, options=options, context=context, sample=sample),
         layout=config.layout,
         mesh=world.mesh,
         optimizer=config.optimizer,  # type: ignore[arg-type]
@@ -176,21 +176,55 @@ def assemble(
         config=config,
         world=world,
         source=source,
-        prepared=prepared,
+        prepared=material.prepared,
         built=built,
         sizes=sizes,
-        precision=precision,
-        objective=objective,
+        precision=PRECISIONS[dtype],
+        objective=material.objective,
         batch=batch,
-        loader=loader,
+        loader=Loader(
+            material.train,
+            material.order,
+            sequences=batch.sequences,
+            rank=world.data_rank,
+            ranks=world.data_ranks,
+            micro=batch.micro,
+        ),
         optimizer_config=config.optimizer,  # type: ignore[arg-type]
         schedule_config=config.schedule,  # type: ignore[arg-type]
         sync=config.sync.build(world.link),  # type: ignore[attr-defined]
-        evaluator=_evaluator(config, world, prepared, built, objective, batch, row_tokens),
+        evaluator=_evaluator(config, world, material, built, batch),
         checkpointer=_checkpointer(config, world),
-        dropped_tokens=sum(part.dropped_tokens for part in train_rows),
-        file_streams=order.streams if isinstance(order, FileOrder) else None,
+        dropped_tokens=material.dropped_tokens,
+        file_streams=material.order.streams if isinstance(material.order, FileOrder) else None,
         peak_flops_per_s=coordinates.global_ranks * matmul_flops_per_s(device, dtype),
+    )
+
+
+def _material(config: Config, *, module: nn.Module | None, objective: Objective | None, say: Say) -> Material:
+    """What the config names, or was passed."""
+    source = resolve_model(config) if module is None else None
+    prepared = prepare_data(config, source, say=say)
+    if source:
+        source = source.with_vocabulary(prepared.special.vocabulary, asdict(prepared.special))
+        check_positions(source, config.batch.sequence_tokens)
+    context = objective_context(config, prepared, source)
+    options = objective_options(config)
+    train = _rows(config, prepared, options.row_tokens(context), options.overlap)
+    model = source.build(config.seed) if source else module
+    if model is None:
+        raise PlanError("there is no model: set model.config, model.preset or model.path, or pass a module")
+    return Material(
+        model=model,
+        source=source,
+        prepared=prepared,
+        options=options,
+        context=context,
+        objective=objective or options.build(context),
+        train=train,
+        order=_order(config, train),
+        held_out=_held_out(prepared, options.row_tokens(context), options.overlap),
+        dropped_tokens=sum(part.dropped_tokens for part in train),
     )
 
 
@@ -258,30 +292,24 @@ def _order(config: Config, rows: Sequence[PackedRows | PairedRows]) -> Order:
     return FileOrder(rows[0].rows_per_part, config.batch.sequences, config.seed)
 
 
-def _evaluator(
-    config: Config,
-    world: World,
-    prepared: Prepared,
-    built: Built,
-    objective: Objective,
-    batch: BatchPlan,
-    row_tokens: int,
-) -> HeldOut:
-    options = objective_options(config)
-    held_out: list[Rows] = []
-    for part in prepared.held_out:
-        if part.target is not None:
-            held_out.append(PairedRows(part, row_tokens, allow_empty=True))
-        else:
-            held_out.append(PackedRows(part, row_tokens, options.overlap, keep_tail=True))
+def _held_out(prepared: Prepared, row_tokens: int, overlap: int) -> list[Rows]:
+    return [
+        PackedRows(part, row_tokens, overlap, keep_tail=True)
+        if part.target is None
+        else PairedRows(part, row_tokens, allow_empty=True)
+        for part in prepared.held_out
+    ]
+
+
+def _evaluator(config: Config, world: World, material: Material, built: Built, batch: BatchPlan) -> HeldOut:
     return HeldOut(
         model=built.model,
-        batch_of=lambda rows: built.split(objective.batch(rows, seed=config.seed, step=0)),
+        batch_of=lambda rows: built.split(material.objective.batch(rows, seed=config.seed, step=0)),
         schedule=built.schedule,
-        rows=partial(held_out_rows, held_out, config.evaluate.sequences, world.data_rank, world.data_ranks),
+        rows=partial(held_out_rows, material.held_out, config.evaluate.sequences, world.data_rank, world.data_ranks),
         micro=batch.micro,
-        tokens_per_byte=tokens_per_byte(prepared.held_out) if options.head == "causal" else None,
-        sampler=partial(_samples, config, world, prepared, built),
+        tokens_per_byte=tokens_per_byte(material.prepared.held_out) if material.options.head == "causal" else None,
+        sampler=partial(_samples, config, world, material.prepared, built),
     )
 
 
