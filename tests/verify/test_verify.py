@@ -1,11 +1,15 @@
 """Layouts learn what one process learns; the whole matrix is ``make verify-all``."""
 
 import pytest
+import torch
 
+from paceline.checkpoint import Checkpointer, LocalExchange, tensor_state
 from paceline.config import Config
 from paceline.errors import ConfigError
 from paceline.models.tiny import TINY
 from paceline.verify.cases import SINGLE, parse
+from paceline.verify.compare import bounds_of, compare_saved
+from paceline.verify.routing import compare_routes, narrowest
 from paceline.verify.run import Trial
 
 OBJECTIVES = {"causal": "next_token", "masked": "masked", "seq2seq": "seq2seq"}
@@ -39,7 +43,7 @@ def config(family, **model):
 
 @pytest.fixture(scope="module")
 def llama(pool):
-    with Trial(config("llama", num_hidden_layers=4, tie_word_embeddings=True, vocab_size=131), pool) as trial:
+    with Trial(config("llama", num_hidden_layers=5, tie_word_embeddings=True, vocab_size=131), pool) as trial:
         yield trial
 
 
@@ -63,6 +67,56 @@ def test_what_cannot_be_is_refused_with_the_reason(llama, words, expected):
     (case,) = parse(words)
     row = llama.judge(case)
     assert row.verdict == "refused" and expected in row.reason
+
+
+def test_bf16_is_judged_by_a_bound_that_can_fail(pool):
+    with Trial(config("llama"), pool, dtype="bf16") as trial:
+        for words in ("shard=2", "tensor=2"):
+            (case,) = parse(words)
+            row = trial.judge(case)
+            assert row.verdict == "equal", row.text()
+            assert row.difference.gradient.error > 1e-6  # it did compute in bf16
+
+
+def test_near_ties_in_routing_are_judged_in_fp64(pool):
+    (case,) = parse("tensor=2")
+    with Trial(config("mixtral"), pool, dtype="fp32") as trial:
+        assert trial._own_run["routes"].keys() == {f"model.layers.{i}.mlp.experts" for i in range(2)}
+        trial._own_run["narrowest"] = 1e-9
+        row = trial.judge(case)
+    assert row.verdict == "equal" and "judged in fp64" in row.reason, row.text()
+    assert row.difference.gradient.error < 1e-12
+
+
+def test_a_layout_that_chooses_other_experts_is_found():
+    reference = {"a": [3, 1], "b": [2, 2]}
+    halves = [{"routes": {"a": [2], "b": [1, 1]}}, {"routes": {"a": [1, 1], "b": [1, 1]}}]
+    assert compare_routes(reference, halves) == []
+    halves[1]["routes"]["a"] = [2]
+    (sentence,) = compare_routes(reference, halves)
+    assert "experts of a got [4] tokens, expected [3, 1]" in sentence
+
+
+def test_the_narrowest_choice_is_seen():
+    with narrowest() as found:
+        torch.topk(torch.tensor([[0.5, 0.25, 0.125], [0.5, 0.4375, 0.0]]), 1)
+    assert found == [0.0625]
+
+
+def test_a_checkpoint_that_differs_is_found(tmp_path):
+    def saved(name, **tensors):
+        with Checkpointer(tmp_path / name, rank=0, ranks=1, exchange=LocalExchange(), layout={}) as writer:
+            writer.save(1, {key: tensor_state(value) for key, value in tensors.items()}, {"sequences_seen": 15})
+        return tmp_path / name
+
+    bounds = bounds_of("fp64", 2)
+    whole = {"model/a": torch.randn(3, 2), "optimizer/a/momentum_buffer": torch.randn(3, 2)}
+    one = saved("one", **whole)
+    assert compare_saved(one, saved("same", **whole), 1, bounds) == []
+    (sentence,) = compare_saved(one, saved("other", **whole | {"model/a": whole["model/a"] + 1e-3}), 1, bounds)
+    assert sentence.startswith("model/a was saved with a difference")
+    (sentence,) = compare_saved(one, saved("less", **{"model/a": whole["model/a"]}), 1, bounds)
+    assert "momentum_buffer" in sentence
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral", "bert", "t5"])

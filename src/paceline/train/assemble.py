@@ -144,12 +144,15 @@ def assemble(
     precision = resolve_precision(config.precision, world.device.has_bf16_units)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     material = _material(config, module=module, objective=objective, say=say)
-    return put_together(config, world, material, dtype=dtype)
+    peak_flops_per_s = world.coordinates.global_ranks * matmul_flops_per_s(world.device, dtype)
+    return put_together(config, world, material, dtype=dtype, peak_flops_per_s=peak_flops_per_s)
 
 
-def put_together(config: Config, world: World, material: Material, *, dtype: torch.dtype) -> Parts:
+def put_together(
+    config: Config, world: World, material: Material, *, dtype: torch.dtype, peak_flops_per_s: float
+) -> Parts:
     """Cut the model as the config's layout says, deal out the rows, and build what the loop needs besides."""
-    coordinates, device = world.coordinates, world.device
+    device = world.device
     _, batch = plan_run(config)
     assert batch.data_parallel == world.data_ranks
     model, source, options, context = material.model, material.source, material.options, material.context
@@ -197,7 +200,7 @@ def put_together(config: Config, world: World, material: Material, *, dtype: tor
         checkpointer=_checkpointer(config, world),
         dropped_tokens=material.dropped_tokens,
         file_streams=material.order.streams if isinstance(material.order, FileOrder) else None,
-        peak_flops_per_s=coordinates.global_ranks * matmul_flops_per_s(device, dtype),
+        peak_flops_per_s=peak_flops_per_s,
     )
 
 
@@ -344,12 +347,13 @@ def _checkpointer(config: Config, world: World) -> Checkpointer | None:
     coordinates = world.coordinates
     if coordinates.replica != 0:
         return None
+    folder = Path(config.train.output) / "checkpoints"
     alone = coordinates.ranks == 1 or world.store is None
     return Checkpointer(
-        Path(config.train.output) / "checkpoints",
+        folder,
         rank=coordinates.rank,
         ranks=coordinates.ranks,
-        exchange=LocalExchange() if alone else StoreExchange(world.store, "checkpoints"),  # type: ignore[arg-type]
+        exchange=LocalExchange() if alone else StoreExchange(world.store, str(folder)),  # type: ignore[arg-type]
         layout={"replicas": coordinates.replicas},
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,

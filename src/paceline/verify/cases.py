@@ -1,19 +1,28 @@
 """Which layouts are tried, from the words of the command line."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from paceline.config import BatchConfig, Count, LayoutConfig
-from paceline.data.rows import Row
+from paceline.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    Count,
+    EvaluateConfig,
+    LayoutConfig,
+    TrainConfig,
+)
 from paceline.errors import ConfigError, PlanError
-from paceline.plan.batch import plan_batch
+from paceline.optim.linear import Linear
+from paceline.optim.sgd import SGD
 from paceline.plan.layout import AXES, Grid
-from paceline.plan.stages import check_schedule
+from paceline.sync.all_reduce import AllReduce
 
 SINGLE = (
     "replicas=2",
@@ -33,6 +42,7 @@ SINGLE = (
     "pipeline=2,schedule=dualpipev,zero=2",
     "recompute=full",
     "accumulate=3",
+    "accumulate=15",
 )
 """One thing at a time: what ``all`` tries first, and ``pairs`` combines."""
 
@@ -53,6 +63,14 @@ TOGETHER = (
 """Triples and quadruples that people use."""
 
 
+SEQUENCES = 15
+"""Of a step: no number of ranks divides it, and every schedule has enough for its micro-batches."""
+SEQUENCE_TOKENS = 23
+RATE = 0.2
+MOMENTUM = 0.5
+CLIP_NORM = 1.0
+BUCKET_MIB = 0.02
+
 _COUNT: TypeAdapter[int] = TypeAdapter(Count)
 
 
@@ -62,8 +80,8 @@ class Case:
 
     layout: LayoutConfig
     replicas: int = 1
-    accumulate: int = 1
-    """At least this many micro-batches a step on each rank."""
+    accumulate: int | None = None
+    """Micro-batches a step on each rank."""
 
     @property
     def grid(self) -> Grid:
@@ -78,30 +96,42 @@ class Case:
         except PlanError:
             return 0
 
-    def check(self) -> None:
-        """Raise ``PlanError`` for a layout that no model can have."""
-        data_parallel = self.replicas * self.grid.shard
-        one_each = BatchConfig(sequences=2 * self.layout.pipeline * data_parallel, sequence_tokens=1, micro=1)
-        check_schedule(self.layout, plan_batch(one_each, data_parallel), compiled=False)
+    def config(self, base: Config, *, steps: int, output: Path, resumed: bool = False) -> Config:
+        """The run of this case, or the part of it after it was ``resumed``, as a user would write it.
 
-    def share(self, rows: Sequence[Row], rank: int, ranks: int) -> list[list[Row]]:
-        """The micro-batches of one data-parallel rank; the same number on each, filled up with rows of zero weight.
-
-        A pipeline gets single rows, and as many as any schedule asks for.
+        All is such that a mistake shows: SGD hides no wrong scale, and its momentum goes through the checkpoints; the
+        rate changes from step to step; clipping is active; gradients travel in several buckets. Without a word of its
+        own a case takes two micro-batches a step, and one after it was resumed.
         """
-        places = -(-len(rows) // ranks)
-        micro = 1 if self.layout.pipeline > 1 else max(1, places // self.accumulate)
-        round_ = 2 * self.layout.pipeline if self.layout.pipeline > 1 else 1
-        count = -(-places // (micro * round_)) * round_
-        own = list(rows[rank::ranks])
-        own += [replace(own[0], sequence=10**6 + i, weight=0.0) for i in range(count * micro - len(own))]
-        return [own[i : i + micro] for i in range(0, len(own), micro)]
+        return base.model_copy(
+            update={
+                "layout": self.layout,
+                "replicas": self.replicas,
+                "batch": BatchConfig(
+                    sequences=SEQUENCES, sequence_tokens=SEQUENCE_TOKENS, micro=self._micro(1 if resumed else 2)
+                ),
+                "optimizer": SGD(lr=RATE, momentum=MOMENTUM),
+                "schedule": Linear(warmup_steps=2),
+                "sync": AllReduce(bucket_mib=BUCKET_MIB) if isinstance(base.sync, AllReduce) else base.sync,
+                "train": TrainConfig(steps=steps, output=str(output), clip_norm=CLIP_NORM),
+                "checkpoint": CheckpointConfig(every=steps // 2),
+                "evaluate": EvaluateConfig(every=steps // 2),
+            }
+        )
+
+    def _micro(self, accumulate: int) -> int | None:
+        """Sequences of a micro-batch; None where the plan is to choose, as it does for pipelines."""
+        if self.layout.pipeline > 1:
+            return 1 if self.accumulate else None
+        share = -(-SEQUENCES // (self.replicas * self.layout.shard))
+        return -(-share // (self.accumulate or accumulate))
 
     @property
     def name(self) -> str:
         """As the command line spells it."""
         given = self.layout.model_dump(exclude_defaults=True)
-        given |= {key: n for key in ("replicas", "accumulate") if (n := getattr(self, key)) > 1}
+        given |= {"replicas": self.replicas} if self.replicas > 1 else {}
+        given |= {"accumulate": self.accumulate} if self.accumulate else {}
         return ",".join(f"{key}={str(value).lower()}" for key, value in given.items()) or "one process"
 
 
@@ -122,7 +152,8 @@ def _case(words: str) -> Case:
             raise ConfigError(f"layouts: {word.strip()!r} in {words.strip()!r}: expected key=value, such as shard=2")
         values[key] = yaml.safe_load(value)
     try:
-        replicas, accumulate = (_COUNT.validate_python(values.pop(key, 1)) for key in ("replicas", "accumulate"))
+        replicas = _COUNT.validate_python(values.pop("replicas", 1))
+        accumulate = _COUNT.validate_python(values.pop("accumulate")) if "accumulate" in values else None
         return Case(layout=LayoutConfig(**values), replicas=replicas, accumulate=accumulate)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

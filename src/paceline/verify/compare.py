@@ -12,8 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-FLOOR = 1e-5
-"""A gradient is judged by its own norm, or by this share of the global norm if that is more: some are zero in truth."""
+from paceline.checkpoint import load
+from paceline.verify.routing import compare_routes
+
+ROUNDINGS = 24
+"""Of what goes through a block, there and back, in bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +27,25 @@ class Bounds:
     gradient: float
     parameter: float
     loss_at_end: float
+    floor: float = 1e-5
+    """A gradient is judged by its own norm, or by this share of the global norm if that is more: some are zero in
+    truth."""
 
 
-BOUNDS = {
-    "fp64": Bounds(loss=1e-10, gradient=1e-10, parameter=1e-10, loss_at_end=1e-8),
-    "fp32": Bounds(loss=1e-6, gradient=1e-5, parameter=1e-5, loss_at_end=1e-4),
-}
-"""Another order of sums moves fp64 by 1e-16 a term and fp32 by 1e-7; a run of many steps lets that grow."""
+def bounds_of(dtype: str, blocks: int) -> Bounds:
+    """What another order of sums may come to.
+
+    It moves fp64 by 1e-16 a term and fp32 by 1e-7, and a run of many steps lets that grow. In bf16 every result is
+    rounded, by 2^-8 at most; roundings add up like the steps of a random walk, over the depth of the model, and two
+    runs differ by twice that.
+    """
+    if dtype == "fp64":
+        return Bounds(loss=1e-10, gradient=1e-10, parameter=1e-10, loss_at_end=1e-8)
+    if dtype == "fp32":
+        return Bounds(loss=1e-6, gradient=1e-5, parameter=1e-5, loss_at_end=1e-4)
+    assert dtype == "bf16", dtype
+    walk = 2 * 2.0**-8 * math.sqrt(ROUNDINGS * max(1, blocks))
+    return Bounds(loss=2.0**-8, gradient=walk, parameter=walk, loss_at_end=walk, floor=1e-2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +98,7 @@ def compare(
     bounds: Bounds,
 ) -> Difference:
     """Judge a case by every box of every rank, and by the losses and norms each rank reported."""
-    wrong: list[str] = []
+    wrong = compare_routes(reference_run["routes"], runs)
     boxes = Boxes(folder).by_tensor()
     replica_of = [run["replica"] for run in runs]
     replicas = sorted(set(replica_of))
@@ -95,20 +110,23 @@ def compare(
             wrong.append(f"{what} of {name} is there, but one process has none")
             continue
         full = reference[key].double()
-        error, missing = _error(full, boxes.get(key, []), replica_of, replicas, total if what == "gradient" else 0.0)
+        floor = bounds.floor * total if what == "gradient" else 0.0
+        error, missing = _error(full, boxes.get(key, []), replica_of, replicas, floor)
         if missing:
             wrong.append(f"{what} of {name}: {missing} of {full.numel() * len(replicas)} values are on no rank")
-        kind = what.partition(" ")[0]
+        kind = "end" if what.endswith(f" {len(reference_run['losses'])}") else what.partition(" ")[0]
         if kind not in worst or not error <= worst[kind].error:
             worst[kind] = Worst(name=name, error=error)
-    first, last = (_losses(reference_run, runs, at) for at in (0, -1))
-    norm = max(_relative(run["norms"][0], reference_run["norms"][0]) for run in runs)
+    first, *_, last = steps = _series("losses", reference_run, runs)
+    at = max(range(len(steps)), key=lambda step: steps[step])
     checks = [
         ("the first loss", first, bounds.loss),
-        ("the gradient norm", norm, bounds.gradient),
+        ("the gradient norm", _series("norms", reference_run, runs)[0], bounds.gradient),
         (f"the gradient of {worst['gradient'].name}", worst["gradient"].error, bounds.gradient),
         (f"the parameter {worst['parameter'].name}", worst["parameter"].error, bounds.parameter),
-        ("the last loss", last, bounds.loss_at_end),
+        (f"the parameter {worst['end'].name} in the end", worst["end"].error, bounds.loss_at_end),
+        (f"the loss of step {at + 1}", steps[at], bounds.loss_at_end),
+        ("the held-out loss", max(_series("evaluations", reference_run, runs)), bounds.loss_at_end),
     ]
     wrong += [
         f"{what} differs by {error:.1e}, {bound:.0e} is allowed" for what, error, bound in checks if not error <= bound
@@ -127,10 +145,10 @@ def _error(
     boxes: Sequence[tuple[int, list[int], Tensor]],
     replica_of: Sequence[int],
     replicas: Sequence[int],
-    total: float,
+    floor: float,
 ) -> tuple[float, int]:
     """The greatest relative error over replicas, and how many values are on none of a replica's ranks."""
-    scale = max(float(full.norm()), FLOOR * total) or 1.0
+    scale = max(float(full.norm()), floor) or 1.0
     worst, missing = 0.0, 0
     for replica in replicas:
         held = torch.zeros(full.shape, dtype=torch.bool)
@@ -146,8 +164,37 @@ def _error(
     return worst, missing
 
 
-def _losses(reference: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], at: int) -> float:
-    return max(_relative(run["losses"][at], reference["losses"][at]) for run in runs)
+def compare_saved(reference: Path, folder: Path, step: int, bounds: Bounds) -> list[str]:
+    """What a layout saved after ``step`` against what one process saved: sentences, none if all tensors are equal."""
+    with load(reference, step) as own, load(folder, step) as other:
+        if own.names != other.names:
+            return [f"saved tensors are {sorted(set(own.names) ^ set(other.names))[:3]} more or fewer"]
+        known = {key for key, value in own.values.items() if key != "config" and other.values.get(key) != value}
+        wrong = [f"{key} was saved as {other.values.get(key)!r}, expected {own.values[key]!r}" for key in sorted(known)]
+        norms = {name: float(own.tensor(name).double().norm()) for name in own.names}
+        for name in own.names:
+            section = name.partition("/")[0]
+            total = math.sqrt(sum(norm**2 for other_name, norm in norms.items() if other_name.startswith(section)))
+            scale = max(norms[name], bounds.floor * total) or 1.0
+            error = float((other.tensor(name).double() - own.tensor(name).double()).norm()) / scale
+            if not error <= bounds.loss_at_end:
+                wrong.append(f"{name} was saved with a difference of {error:.1e}, {bounds.loss_at_end:.0e} is allowed")
+    return wrong
+
+
+def gradient_distance(reference: Mapping[tuple[str, str], Tensor], other: Mapping[tuple[str, str], Tensor]) -> float:
+    """Between the gradients of two runs of one process, all tensors together, relative to the first."""
+    squares = [
+        (float((other[key].double() - full.double()).square().sum()), float(full.double().square().sum()))
+        for key, full in reference.items()
+        if key[0] == "gradient"
+    ]
+    return math.sqrt(sum(difference for difference, _ in squares) / sum(own for _, own in squares))
+
+
+def _series(key: str, reference: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """For each entry the greatest relative difference of any rank."""
+    return [max(_relative(run[key][i], true) for run in runs) for i, true in enumerate(reference[key])]
 
 
 def _relative(value: float, true: float) -> float:

@@ -1,9 +1,9 @@
-"""What each rank of a case does: train a few steps with the product's own parts, and write down what it holds."""
+"""What each rank of a case does: train with the product's own loop, and write down what it holds."""
 
 import json
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
+import math
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,88 +14,119 @@ from torch import Tensor
 from paceline.comm.device import claim
 from paceline.comm.ranks import Coordinates
 from paceline.comm.replica import Finish, Replica, Vote
-from paceline.comm.world import enter
+from paceline.comm.world import World, enter
 from paceline.config import Config
 from paceline.errors import PlanError
-from paceline.optim.sgd import SGD
-from paceline.train.build import Built, build
-from paceline.train.memory import used_bytes
+from paceline.parallel.blocks import blocks
+from paceline.plan.layout import Grid
+from paceline.train.assemble import Parts, put_together
+from paceline.train.memory import peak_bytes, reset_peak, used_bytes
+from paceline.train.replica import ModuleReplica
 from paceline.train.state import part_of
-from paceline.train.step import train_step
-from paceline.verify.cases import Case
+from paceline.train.trainer import Loop
 from paceline.verify.double import in_double
-from paceline.verify.subject import SEQUENCE_TOKENS, SEQUENCES, Subject
+from paceline.verify.routing import Routes, Routing, narrowest
+from paceline.verify.subject import Subject
 from paceline.workers.pool import Member
 
-RATE = 0.1
-CLIP_NORM = 1.0
-UPDATES = 3
-"""Of which gradients (the first) and parameters (the first and the last) are compared."""
+UPDATES = (1, 3)
+"""After these, and after the last step, parameters are compared; gradients at the first."""
+
+Half = tuple[Config, int]
+"""A run, and the step after which it ends before its time."""
 
 
-def probe(member: Member, config: Config, case: Case, subject: Subject, dtype: str, steps: int, folder: str) -> Any:
+def probe(member: Member, halves: list[Half], subject: Subject, dtype: str, folder: str) -> dict[str, Any]:
     """Run one rank of a case; its boxes go to ``folder``. Returns scalars, or why the case was refused."""
+    config, _ = halves[0]
     coordinates = Coordinates.of(
-        member.index, replicas=case.replicas, ranks=case.grid.ranks, local_rank=member.index, local_ranks=member.size
+        member.index,
+        replicas=config.replicas,
+        ranks=Grid.of(config.layout).ranks,
+        local_rank=member.index,
+        local_ranks=member.size,
     )
     device = claim(coordinates)
     store = member.store if member.size > 1 else None
-    exact = in_double() if dtype == "float64" else nullcontext()
-    with enter(coordinates, device, store, case.grid, timeout_s=60.0, loopback=True) as world, exact:
-        objective = subject.goal().objective
+    reset_peak(device.torch_device)
+    before_bytes = used_bytes(device.torch_device)
+    told = _Told(getattr(torch, dtype))
+    with ExitStack() as stack:
+        grid = Grid.of(config.layout)
+        world = stack.enter_context(enter(coordinates, device, store, grid, timeout_s=60.0, loopback=True))
+        if dtype == "float64":
+            stack.enter_context(in_double())
+        elif member.size == 1:
+            told.narrowest = stack.enter_context(narrowest())
         try:
-            built = build(
-                subject.model(getattr(torch, dtype)),
-                subject.goal(),
-                layout=case.layout,
-                mesh=world.mesh,
-                optimizer=SGD(lr=RATE),
-                clip_norm=CLIP_NORM,
-                dtype=getattr(torch, dtype),
-                device=device.torch_device,
-                seed=subject.seed,
-            )
+            for half, until in halves:
+                _train(half, until, world, subject, told)
         except PlanError as error:
             return {"refused": str(error)}
-        sync: Any = config.sync.build(world.link)  # type: ignore[attr-defined]
-        seen = _Seen(built)
-        sync.start(built.replica)
-        losses, norms = [], []
-        start_s = time.perf_counter()
-        for step in range(1, steps + 1):
-            built.replica.set_rate_factor(1.0)
-            rows = case.share(subject.rows(step), world.data_rank, world.data_ranks)
-            batches = [built.split(objective.batch(micro, seed=subject.seed, step=step)) for micro in rows]
-            seen.gradients = step == 1
-            result = train_step(built.replica, _Watching(sync, seen), built.schedule, batches, step=step, stop=False)  # type: ignore[arg-type]
-            losses.append(result.loss)
-            norms.append(result.gradient_norm)
-            if step in {1, UPDATES}:
-                seen.parameters(step)
-        seconds = time.perf_counter() - start_s
-        seen.write(Path(folder) / f"rank-{member.index:04d}.safetensors")
-        return {
-            "losses": losses,
-            "norms": norms,
-            "sent_bytes": (sum(world.mesh.tally.bytes.values()) + world.link.sent_bytes) / steps,
-            "memory_bytes": used_bytes(device.torch_device),
-            "tokens_per_s": steps * SEQUENCES * SEQUENCE_TOKENS / seconds,
-            "replica": coordinates.replica,
-        }
+    told.write(Path(folder) / f"rank-{member.index:04d}.safetensors")
+    memory_bytes = peak_bytes(device.torch_device) - before_bytes
+    return {**told.values(), "memory_bytes": memory_bytes, "replica": coordinates.replica}
 
 
-class _Seen:
-    """Boxes of full tensors that this rank held at some point."""
+def _train(config: Config, until: int, world: World, subject: Subject, told: "_Told") -> None:
+    """From the newest checkpoint, or from the start, to the end of step ``until``."""
+    masters = torch.promote_types(told.dtype, torch.float32)
+    material = subject.material(masters)
+    routing = Routing(material.model, material.objective)
+    material = replace(material, objective=routing)
+    parts = put_together(config, world, material, dtype=told.dtype, peak_flops_per_s=1.0)
+    watched: Any = _Watching(parts.sync, told)
+    with Loop(replace(parts, sync=watched)) as loop:
+        told.follow(parts, routing)
+        for event in loop.steps():
+            told.losses.append(event.loss)
+            told.norms.append(event.gradient_norm)
+            told.seconds += event.step_s
+            told.tokens += event.tokens
+            if event.step in {*UPDATES, config.train.steps}:
+                told.parameters(event.step)
+            if loop.evaluation is not None and loop.evaluation.step == event.step:
+                told.evaluations.append(loop.evaluation.loss)
+            if event.step == until:
+                break
+        loop.finish_saving()
 
-    def __init__(self, built: Built) -> None:
-        self.gradients = False
-        self._replica = built.replica
+
+class _Told:
+    """What a rank tells: losses, and boxes of full tensors that it held at some point."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.evaluations: list[float] = []
+        self.seconds = 0.0
+        self.tokens = 0
+        self.narrowest = [math.inf]
+        self._sent_bytes = 0
         self._boxes: dict[str, Tensor] = {}
         self._places: dict[str, Any] = {}
+        self._replica: ModuleReplica
+        self._world: World
+        self._routing: Routing
+        self._routes: Routes = {}
+
+    def follow(self, parts: Parts, routing: Routing) -> None:
+        """Look at the replica of these parts from now on."""
+        self._replica, self._world, self._routing = parts.built.replica, parts.world, routing
+        self.blocks = len(blocks(parts.built.model))
+
+    def at_begin(self) -> None:
+        """A step begins."""
+        self._sent_bytes -= self._sent_so_far()
+        self._routing.is_on = not self.losses
 
     def at_finish(self) -> None:
-        """Keep the gradients as they are before clipping; one that is missing is kept as such."""
-        if self.gradients:
+        """Gradients are as they are before clipping; one that is missing is told as such."""
+        self._sent_bytes += self._sent_so_far()
+        if not self.losses:
+            self._routing.is_on = False
+            self._routes = self._routing.routes if self._world.mesh.tensor.index == 0 else {}
             for shard in self._replica.shards:
                 if shard.gradient is not None:
                     self._keep("gradient", shard.name, shard.parameter.grad)
@@ -106,8 +137,24 @@ class _Seen:
             self._keep(f"parameter after {step}", shard.name, shard.parameter.detach())
 
     def write(self, path: Path) -> None:
-        """All that was kept, with the place of each box."""
+        """All boxes, with the place of each."""
         save_file(self._boxes, path, metadata={"places": json.dumps(self._places)})
+
+    def values(self) -> dict[str, Any]:
+        """The scalars."""
+        return {
+            "losses": self.losses,
+            "norms": self.norms,
+            "evaluations": self.evaluations,
+            "routes": self._routes,
+            "narrowest": self.narrowest[0],
+            "blocks": self.blocks,
+            "sent_bytes": self._sent_bytes / len(self.losses),
+            "tokens_per_s": self.tokens / self.seconds,
+        }
+
+    def _sent_so_far(self) -> int:
+        return sum(self._world.mesh.tally.bytes.values()) + self._world.link.sent_bytes
 
     def _keep(self, what: str, name: str, tensor: Tensor | None) -> None:
         assert tensor is not None
@@ -121,27 +168,34 @@ class _Seen:
 class _Watching:
     """A sync that shows what the replica holds when a step is finished, and is otherwise the one it wraps."""
 
-    def __init__(self, sync: Any, seen: _Seen) -> None:
-        self._sync, self._seen = sync, seen
-        self.begin: Callable[..., int] = sync.begin
-        self.total: Callable[[Tensor], Tensor] = sync.total
+    def __init__(self, sync: Any, told: _Told) -> None:
+        self._sync, self._told = sync, told
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sync, name)
+
+    def begin(self, step: int, replica: Replica, count: int) -> int:
+        """See ``Sync``."""
+        self._told.at_begin()
+        targets: int = self._sync.begin(step, replica, count)
+        return targets
 
     def update(self, replica: Replica) -> Finish:
         """See ``Sync``."""
-        finish: Finish = self._sync.update(_Watched(replica, self._seen))
+        finish: Finish = self._sync.update(_Watched(replica, self._told))
         return finish
 
 
 class _Watched:
     """A replica that shows its gradients before it finishes a step."""
 
-    def __init__(self, replica: Replica, seen: _Seen) -> None:
-        self._replica, self._seen = replica, seen
+    def __init__(self, replica: Replica, told: _Told) -> None:
+        self._replica, self._told = replica, told
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._replica, name)
 
     def finish(self, vote: Vote) -> Finish:
         """See ``Replica``."""
-        self._seen.at_finish()
+        self._told.at_finish()
         return self._replica.finish(vote)

@@ -3,20 +3,26 @@
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from paceline.checkpoint.folder import step_name
 from paceline.config import Config, LayoutConfig
 from paceline.errors import ConfigError, PlanError, WorkerError
+from paceline.plan.run import plan_run
 from paceline.verify.cases import Case, parse
-from paceline.verify.compare import BOUNDS, Boxes, Difference, compare
-from paceline.verify.probe import probe
+from paceline.verify.compare import Boxes, Difference, bounds_of, compare, compare_saved, gradient_distance
+from paceline.verify.probe import Half, probe
+from paceline.verify.routing import NEAR_TIE
 from paceline.verify.subject import Subject
 from paceline.workers.pool import Pool
 
-DTYPES = {"fp64": "float64", "fp32": "float32"}
+DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
 STEPS = 20
+HALF = STEPS // 2
+SHUFFLED = 3
+"""Rows of the first step whose tokens are put in disorder, to see whether a bound would notice."""
 HEADER = f"{'loss':>9}{'gradient':>10}{'parameter':>11}{'last loss':>11}{'KiB sent':>10}{'MiB':>6}{'tokens/s':>10}"
 
 
@@ -75,7 +81,7 @@ class Table:
         bad = len(self.rows) - proven - refused
         return (
             f"\n{proven} layout(s) equal to one process, {refused} refused, {bad} wrong: {self.model}, {self.dtype}, "
-            f"{STEPS} steps of plain SGD, every gradient and parameter of every rank"
+            f"{STEPS} steps of SGD, every gradient and parameter of every rank"
         )
 
 
@@ -90,12 +96,15 @@ def verify(
 ) -> Table:
     """Run the cases one after the other, telling of each as it ends.
 
-    ``layouts`` as ``cases.parse`` reads them; by default the config's own. Cases of more than ``ranks`` ranks are left
-    out of ``all`` and ``pairs``, and refused where they were named.
+    ``layouts`` as ``cases.parse`` reads them; by default the config's own, or ``all`` for a config of one process.
+    Cases of more than ``ranks`` ranks are left out of ``all`` and ``pairs``, and refused where they were named.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-    cases = [Case(layout=config.layout, replicas=config.replicas)] if layouts is None else parse(layouts)
+    own = Case(layout=config.layout, replicas=config.replicas)
+    if layouts is None and own == Case(layout=LayoutConfig()):
+        layouts = "all"
+    cases = [own] if layouts is None else parse(layouts)
     if layouts in {"all", "pairs"}:
         cases = [case for case in cases if case.ranks <= ranks]
     if large := [case.name for case in cases if case.ranks > ranks]:
@@ -114,31 +123,65 @@ def verify(
 
 
 class Trial:
-    """A model that was trained in one process, to judge layouts by."""
+    """A model that was trained in one process, to judge layouts by.
+
+    A layout trains the first half of the steps and saves; the second half is trained by a new start of it, from what
+    the layout before it saved at that step.
+    """
 
     def __init__(self, config: Config, pool: Pool, *, dtype: str = "fp64", full: bool = False) -> None:
         self.subject = Subject.of(config, full=full)
-        self._config, self._pool, self._dtype = config, pool, dtype
-        self._folder = tempfile.TemporaryDirectory(prefix="paceline-verify-")
-        self._own_run = self._run(Case(layout=LayoutConfig()))[0]
-        self._own = Boxes(self._case_folder).full()
+        self._config, self._pool, self._dtype, self._full = config, pool, dtype, full
+        self._temporary = tempfile.TemporaryDirectory(prefix="paceline-verify-")
+        self._folder = Path(self._temporary.name)
+        alone = (
+            Case(layout=LayoutConfig(), accumulate=1).config(config, steps=STEPS, output=self._folder / "one"),
+            STEPS,
+        )
+        (self._own_run,) = self._run(1, [alone])
+        self._own = Boxes(self._boxes).full()
+        self._saved = self._own_saved = _kept(self._folder / "one", self._folder / "own")
+        self._bounds = bounds_of(dtype, self._own_run["blocks"])
+        self._exact: Trial | None = None
+        if dtype == "bf16":
+            self._check_bound(config)
 
     def judge(self, case: Case) -> Row:
-        """Train under a layout, and compare."""
+        """Train under a layout, and compare; in fp64 if rounding could change which experts are chosen."""
+        if self._dtype == "fp64" or self._own_run["narrowest"] >= NEAR_TIE:
+            return self._judge(case)
+        if self._exact is None:
+            self._exact = Trial(self._config, self._pool, full=self._full)
+        row = self._exact._judge(case)
+        return replace(row, reason="; ".join(filter(None, ("near ties in routing, so judged in fp64", row.reason))))
+
+    def _judge(self, case: Case) -> Row:
+        first, second = self._folder / "first", self._folder / "second"
+        for folder in (first, second):
+            shutil.rmtree(folder, ignore_errors=True)
         try:
-            case.check()
-            runs = self._run(case)
+            halves = [
+                (case.config(self._config, steps=STEPS, output=first), HALF),
+                (case.config(self._config, steps=STEPS, output=second, resumed=True), STEPS),
+            ]
+            for config, _ in halves:
+                plan_run(config)
+            shutil.copytree(self._saved, second / "checkpoints")
+            runs = self._run(case.ranks, halves)
         except PlanError as error:
             return Row(layout=case.name, verdict="refused", reason=str(error))
         except WorkerError as error:
             return Row(layout=case.name, verdict="failed", reason=str(error).strip().splitlines()[-1])
         if refusals := [run["refused"] for run in runs if "refused" in run]:
             return Row(layout=case.name, verdict="refused", reason=refusals[0])
-        difference = compare(self._own, self._own_run, self._case_folder, runs, BOUNDS[self._dtype])
+        difference = compare(self._own, self._own_run, self._boxes, runs, self._bounds)
+        wrong = (*difference.wrong, *compare_saved(self._own_saved, first / "checkpoints", HALF, self._bounds))
+        if not wrong:
+            self._saved = _kept(first, self._folder / "saved")
         return Row(
             layout=case.name,
-            verdict="DIFFERS" if difference.wrong else "equal",
-            reason="; ".join(difference.wrong[:3]),
+            verdict="DIFFERS" if wrong else "equal",
+            reason="; ".join(wrong[:3]),
             difference=difference,
             sent_bytes=max(run["sent_bytes"] for run in runs),
             memory_bytes=max(run["memory_bytes"] for run in runs),
@@ -149,16 +192,34 @@ class Trial:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+        self._temporary.cleanup()
+        if self._exact is not None:
+            self._exact.__exit__()
 
     @property
-    def _case_folder(self) -> Path:
-        return Path(self._folder.name) / "case"
+    def _boxes(self) -> Path:
+        return self._folder / "boxes"
 
-    def _run(self, case: Case) -> list[dict[str, Any]]:
-        folder = self._case_folder
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        dtype = DTYPES[self._dtype]
-        arguments = (self._config, case, self.subject, dtype, STEPS, str(folder))
-        return self._pool.run(probe, case.ranks, *arguments, timeout_s=300.0)
+    def _check_bound(self, config: Config) -> None:
+        """Raise ``ConfigError`` if the bound would let a batch pass of which every fifth row is in disorder."""
+        alone = Case(layout=LayoutConfig(), accumulate=1).config(config, steps=STEPS, output=self._folder / "control")
+        self._run(1, [(alone, 1)], replace(self.subject, shuffled=SHUFFLED))
+        distance = gradient_distance(self._own, Boxes(self._boxes).full())
+        if not distance > self._bounds.gradient:
+            raise ConfigError(
+                f"dtype=bf16: with rows in disorder the gradients differ by {distance:.1e}, and roundings alone may "
+                f"come to {self._bounds.gradient:.1e}: bf16 proves nothing on this model. Use fp64"
+            )
+
+    def _run(self, ranks: int, halves: list[Half], subject: Subject | None = None) -> list[dict[str, Any]]:
+        shutil.rmtree(self._boxes, ignore_errors=True)
+        self._boxes.mkdir()
+        arguments = (halves, subject or self.subject, DTYPES[self._dtype], str(self._boxes))
+        return self._pool.run(probe, ranks, *arguments, timeout_s=300.0)
+
+
+def _kept(run: Path, folder: Path) -> Path:
+    """The checkpoint after the first half of a run, by itself."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run / "checkpoints" / step_name(HALF), folder / step_name(HALF))
+    return folder

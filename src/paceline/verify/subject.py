@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,16 @@ import torch
 from torch import nn
 
 from paceline.config import Config
+from paceline.data.counts import Statistics
+from paceline.data.order import SampleOrder
+from paceline.data.prepare import Prepared
 from paceline.data.rows import Row
 from paceline.data.tokenizer import SpecialTokens
 from paceline.errors import ConfigError
 from paceline.models.source import ModelSource
 from paceline.objectives.base import ObjectiveContext, ObjectiveOptions
-from paceline.train.build import Goal
+from paceline.train.assemble import Material
+from paceline.verify.cases import SEQUENCE_TOKENS
 
 SMALL: dict[str, int] = {
     "vocab_size": 131,  # divides by no number of ranks
@@ -27,10 +32,10 @@ SMALL: dict[str, int] = {
     "ffn_dim": 48,
     "d_ff": 48,
     "moe_intermediate_size": 24,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 5,  # divides by no number of stages
     "num_layers": 4,
     "num_decoder_layers": 4,
-    "n_layer": 4,
+    "n_layer": 5,
     "num_attention_heads": 4,
     "num_heads": 4,
     "n_head": 4,
@@ -45,9 +50,9 @@ SMALL: dict[str, int] = {
 }
 """What the sizes of a family's config become, where they are greater."""
 
-SEQUENCES = 7
-"""Of a step: divides by no number of ranks either."""
-SEQUENCE_TOKENS = 24
+SOURCES = (23, 11)
+"""Rows of the two sources that are mixed, two to one: a few steps are an epoch of each."""
+HELD_OUT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,8 @@ class Subject:
     options: ObjectiveOptions
     context: ObjectiveContext
     seed: int
+    shuffled: int = 0
+    """So many rows from the first on have their tokens in disorder: a batch that is wrong on purpose."""
 
     @classmethod
     def of(cls, config: Config, *, full: bool) -> "Subject":
@@ -105,26 +112,55 @@ class Subject:
         whole: nn.Module = model
         return whole
 
-    def goal(self) -> Goal:
-        """What the model is to learn."""
-        objective = self.options.build(self.context)
-        sample = objective.batch(self.rows(0)[1:3], seed=self.seed, step=0)
-        return Goal(objective=objective, options=self.options, context=self.context, sample=sample)
+    def material(self, dtype: torch.dtype) -> Material:
+        """All that a run learns and is measured on."""
+        train = [TrialRows(self, source, rows) for source, rows in enumerate(SOURCES)]
+        return Material(
+            model=self.model(dtype),
+            source=None,
+            prepared=Prepared(
+                tokenizer=Path(),
+                train=(),
+                held_out=(),
+                fingerprint="rows of a trial",
+                special=self.context.special,
+                statistics=Statistics.of((), Path()),
+            ),
+            options=self.options,
+            context=self.context,
+            objective=self.options.build(self.context),
+            train=train,
+            order=SampleOrder(SOURCES, (2.0, 1.0), self.seed),
+            held_out=[TrialRows(self, len(SOURCES), HELD_OUT)],
+        )
 
-    def rows(self, step: int) -> list[Row]:
-        """The global batch of a step: rows of uneven length, documents inside them, and one row without a target."""
-        most = self.options.row_tokens(self.context)
-        return [self._row(step, slot, most) for slot in range(SEQUENCES)]
 
-    def _row(self, step: int, slot: int, most: int) -> Row:
-        rng = np.random.default_rng([self.seed, step, slot])
-        length = most if slot % 3 else most // 2
-        low = min(8, self.context.special.vocabulary - 1)
-        high = self.context.special.vocabulary - (20 if self.source.head == "seq2seq" else 0)
+@dataclass(frozen=True)
+class TrialRows:
+    """Rows of uneven length, documents inside them, and some without a target."""
+
+    subject: Subject
+    source: int
+    count: int
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return self.count
+
+    def row(self, index: int, sequence: int) -> Row:
+        """Row ``index``, to be learned as sample ``sequence``."""
+        options, context, seed = self.subject.options, self.subject.context, self.subject.seed
+        most = options.row_tokens(context)
+        rng = np.random.default_rng([seed, self.source, index])
+        length = most if index % 3 else most // 2
+        low = min(8, context.special.vocabulary - 1)
+        high = context.special.vocabulary - (20 if options.head == "seq2seq" else 0)
         tokens = rng.integers(low, max(high, low + 1), length)
         starts = np.array(sorted({0, *rng.integers(2, max(3, length - 2), 2).tolist()}))
-        tokens[starts[starts > 0] - 1] = self.context.special.end
-        return Row(step * SEQUENCES + slot, tokens, starts, weight=0.0 if slot == 1 else 1.0)
+        tokens[starts[starts > 0] - 1] = context.special.end
+        if sequence < self.subject.shuffled:
+            rng.shuffle(tokens)
+        return Row(sequence, tokens, starts, weight=0.0 if index % 4 == 1 else 1.0)
 
 
 def small_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
