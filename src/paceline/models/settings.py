@@ -56,8 +56,9 @@ def hugging_face_config(settings: Mapping[str, Any], token_ids: Mapping[str, int
         config = config_class(**{**_ids(config_class, token_ids), **given})
     except Exception as error:  # each family raises what it likes
         raise ConfigError(_sentence(error, where)) from error
-    if config.is_encoder_decoder and DECODER_START not in given:
-        config.decoder_start_token_id = first_token(config)
+    start = first_token(config)
+    if config.is_encoder_decoder and DECODER_START not in given and start is not None:
+        config.decoder_start_token_id = start
     return config
 
 
@@ -69,7 +70,8 @@ def first_token(config: Any) -> int | None:
 
 def known_keys(config_class: Any) -> set[str]:
     """What a family's config reads: its fields, their aliases, and older spellings that it still translates."""
-    keys = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    keys = {field.name for field in dataclasses.fields(config_class)}
+    keys |= {name for pair in config_class.attribute_map.items() for name in pair}
     keys |= {name for name, _ in inspect.getmembers(config_class, lambda member: isinstance(member, property))}
     for base in config_class.__mro__:
         if "__post_init__" in vars(base):
@@ -155,11 +157,11 @@ def _sizes(config_class: Any, given: Mapping[str, Any], where: str) -> list[str]
         number, ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     )
     if width and heads and head is None:
-        if width % heads:
+        if width % heads and {"hidden_size", "num_attention_heads"} & spelled.keys():
             problems.append(
                 f"{shown('num_attention_heads')}: does not divide {written('hidden_size')}, {_divisors(width, heads)}"
             )
-        else:
+        elif width % heads == 0:
             head = width // heads
     if heads and kv_heads and heads % kv_heads and not problems:
         problems.append(

@@ -74,7 +74,7 @@ def build(
             f"layout.{axis.name}={axis.size} cuts matrices that {type(optimizer).__name__} needs whole, which is not "
             "built. Use optimizer=adamw, or replicas and pipeline"
         )
-    whole = frozenset(name for name, _ in model.named_parameters())
+    whole = _state_names(model)
     held: dict[str, Held] = {}
     stages = context = None
     if mesh.context.size > 1:
@@ -94,7 +94,6 @@ def build(
     states: States = (
         Masters(model, dtype) if mesh.states_mesh is None else ShardedStates(model, mesh, dtype, zero=layout.zero)
     )
-    own = frozenset(name for name, _ in model.named_parameters())
     return Built(
         model=model,
         replica=ModuleReplica(
@@ -103,7 +102,7 @@ def build(
             clip_norm,
             mesh=mesh,
             held=held,
-            elsewhere=whole - own,
+            elsewhere=whole - _state_names(model),
             reports=stages is None or stages.has_loss,
         ),
         schedule=Accumulate(model, goal.objective, seed=seed, device=device)
@@ -111,6 +110,12 @@ def build(
         else Pipelined(stages, mesh, goal.objective, seed=seed, device=device),
         split=context.split if context is not None else lambda batch: batch,
     )
+
+
+def _state_names(model: nn.Module) -> frozenset[str]:
+    """Of parameters, each by its first name, and of the buffers that are state."""
+    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    return frozenset(name for name, _ in model.named_parameters()) | buffers
 
 
 def _refuse_dropout(model: nn.Module, mesh: Mesh) -> None:

@@ -32,7 +32,7 @@ class ModuleReplica:
     """A replica whose module, or this rank's part of it, is at hand.
 
     ``held`` says of which parameters this rank holds a part, or computes a part of the gradient; ``elsewhere`` names
-    those of which it holds nothing. ``reports``: this rank's sums over targets are the loss, not zero.
+    those, and the buffers, of which it holds nothing. ``reports``: this rank's sums over targets are the loss, not 0.
     """
 
     def __init__(

@@ -18,7 +18,10 @@ def in_double() -> Iterator[None]:
     with (
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
         mock.patch.object(torch.Tensor, "to", _wide(torch.Tensor.to)),
+        mock.patch.object(torch.Tensor, "type", _wide(torch.Tensor.type)),
         mock.patch.object(torch.Tensor, "softmax", _wide(torch.Tensor.softmax)),
+        mock.patch.object(torch, "zeros", _wide(torch.zeros)),
+        mock.patch.object(torch, "zeros_like", _wide(torch.zeros_like)),
         mock.patch.object(torch, "softmax", _wide(torch.softmax)),
         mock.patch.object(functional, "softmax", _wide(functional.softmax)),
         mock.patch.object(functional, "log_softmax", _wide(functional.log_softmax)),

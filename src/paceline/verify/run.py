@@ -20,7 +20,6 @@ from paceline.workers.pool import Pool
 
 DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
 STEPS = 20
-HALF = STEPS // 2
 SHUFFLED = 3
 """Rows of the first step whose tokens are put in disorder, to see whether a bound would notice."""
 HEADER = f"{'loss':>9}{'gradient':>10}{'parameter':>11}{'last loss':>11}{'KiB sent':>10}{'MiB':>6}{'tokens/s':>10}"
@@ -129,29 +128,28 @@ class Trial:
     the layout before it saved at that step.
     """
 
-    def __init__(self, config: Config, pool: Pool, *, dtype: str = "fp64", full: bool = False) -> None:
+    def __init__(
+        self, config: Config, pool: Pool, *, dtype: str = "fp64", full: bool = False, steps: int = STEPS
+    ) -> None:
         self.subject = Subject.of(config, full=full)
         self._config, self._pool, self._dtype, self._full = config, pool, dtype, full
         self._temporary = tempfile.TemporaryDirectory(prefix="paceline-verify-")
         self._folder = Path(self._temporary.name)
-        alone = (
-            Case(layout=LayoutConfig(), accumulate=1).config(config, steps=STEPS, output=self._folder / "one"),
-            STEPS,
-        )
-        (self._own_run,) = self._run(1, [alone])
+        self._steps, self._half = steps, steps // 2
+        (self._own_run,) = self._run(1, [(self._alone("one"), steps)])
         self._own = Boxes(self._boxes).full()
-        self._saved = self._own_saved = _kept(self._folder / "one", self._folder / "own")
+        self._saved = self._own_saved = self._kept(self._folder / "one", self._folder / "own")
         self._bounds = bounds_of(dtype, self._own_run["blocks"])
         self._exact: Trial | None = None
         if dtype == "bf16":
-            self._check_bound(config)
+            self._check_bound()
 
     def judge(self, case: Case) -> Row:
         """Train under a layout, and compare; in fp64 if rounding could change which experts are chosen."""
         if self._dtype == "fp64" or self._own_run["narrowest"] >= NEAR_TIE:
             return self._judge(case)
         if self._exact is None:
-            self._exact = Trial(self._config, self._pool, full=self._full)
+            self._exact = Trial(self._config, self._pool, full=self._full, steps=self._steps)
         row = self._exact._judge(case)
         return replace(row, reason="; ".join(filter(None, ("near ties in routing, so judged in fp64", row.reason))))
 
@@ -161,8 +159,8 @@ class Trial:
             shutil.rmtree(folder, ignore_errors=True)
         try:
             halves = [
-                (case.config(self._config, steps=STEPS, output=first), HALF),
-                (case.config(self._config, steps=STEPS, output=second, resumed=True), STEPS),
+                (case.config(self._config, steps=self._steps, output=first), self._half),
+                (case.config(self._config, steps=self._steps, output=second, resumed=True), self._steps),
             ]
             for config, _ in halves:
                 plan_run(config)
@@ -175,9 +173,9 @@ class Trial:
         if refusals := [run["refused"] for run in runs if "refused" in run]:
             return Row(layout=case.name, verdict="refused", reason=refusals[0])
         difference = compare(self._own, self._own_run, self._boxes, runs, self._bounds)
-        wrong = (*difference.wrong, *compare_saved(self._own_saved, first / "checkpoints", HALF, self._bounds))
+        wrong = (*difference.wrong, *compare_saved(self._own_saved, first / "checkpoints", self._half, self._bounds))
         if not wrong:
-            self._saved = _kept(first, self._folder / "saved")
+            self._saved = self._kept(first, self._folder / "saved")
         return Row(
             layout=case.name,
             verdict="DIFFERS" if wrong else "equal",
@@ -200,10 +198,14 @@ class Trial:
     def _boxes(self) -> Path:
         return self._folder / "boxes"
 
-    def _check_bound(self, config: Config) -> None:
+    def _alone(self, name: str) -> Config:
+        return Case(layout=LayoutConfig(), accumulate=1).config(
+            self._config, steps=self._steps, output=self._folder / name
+        )
+
+    def _check_bound(self) -> None:
         """Raise ``ConfigError`` if the bound would let a batch pass of which every fifth row is in disorder."""
-        alone = Case(layout=LayoutConfig(), accumulate=1).config(config, steps=STEPS, output=self._folder / "control")
-        self._run(1, [(alone, 1)], replace(self.subject, shuffled=SHUFFLED))
+        self._run(1, [(self._alone("control"), 1)], replace(self.subject, shuffled=SHUFFLED))
         distance = gradient_distance(self._own, Boxes(self._boxes).full())
         if not distance > self._bounds.gradient:
             raise ConfigError(
@@ -217,9 +219,8 @@ class Trial:
         arguments = (halves, subject or self.subject, DTYPES[self._dtype], str(self._boxes))
         return self._pool.run(probe, ranks, *arguments, timeout_s=300.0)
 
-
-def _kept(run: Path, folder: Path) -> Path:
-    """The checkpoint after the first half of a run, by itself."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(run / "checkpoints" / step_name(HALF), folder / step_name(HALF))
-    return folder
+    def _kept(self, run: Path, folder: Path) -> Path:
+        """The checkpoint after the first half of a run, by itself."""
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(run / "checkpoints" / step_name(self._half), folder / step_name(self._half))
+        return folder

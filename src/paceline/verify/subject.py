@@ -1,6 +1,6 @@
 """What is verified: the user's model, made small unless asked otherwise, on rows that show what is often wrong."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,35 +20,7 @@ from paceline.models.source import ModelSource
 from paceline.objectives.base import ObjectiveContext, ObjectiveOptions
 from paceline.train.assemble import Material
 from paceline.verify.cases import SEQUENCE_TOKENS
-
-SMALL: dict[str, int] = {
-    "vocab_size": 131,  # divides by no number of ranks
-    "hidden_size": 32,
-    "d_model": 32,
-    "n_embd": 32,
-    "embedding_size": 16,
-    "word_embed_proj_dim": 32,
-    "intermediate_size": 48,
-    "ffn_dim": 48,
-    "d_ff": 48,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 5,  # divides by no number of stages
-    "num_layers": 4,
-    "num_decoder_layers": 4,
-    "n_layer": 5,
-    "num_attention_heads": 4,
-    "num_heads": 4,
-    "n_head": 4,
-    "head_dim": 8,
-    "d_kv": 8,
-    "query_pre_attn_scalar": 8,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "sliding_window": 12,
-    "max_position_embeddings": 64,
-    "n_positions": 64,
-}
-"""What the sizes of a family's config become, where they are greater."""
+from paceline.verify.small import SIZES, small_sizes
 
 SOURCES = (23, 11)
 """Rows of the two sources that are mixed, two to one: a few steps are an epoch of each."""
@@ -78,7 +50,7 @@ class Subject:
         written = source.settings if source.folder is None or full else defaults
         source = replace(source, settings={**written, **changes}, folder=source.folder if full else None)
         if source.vocabulary is None:
-            source = source.with_vocabulary(SMALL["vocab_size"])
+            source = source.with_vocabulary(SIZES["vocab_size"])
         assert source.vocabulary is not None
         sentinels = tuple(range(source.vocabulary - 1, source.vocabulary - 21, -1))
         special = SpecialTokens(
@@ -161,22 +133,6 @@ class TrialRows:
         if sequence < self.subject.shuffled:
             rng.shuffle(tokens)
         return Row(sequence, tokens, starts, weight=0.0 if index % 4 == 1 else 1.0)
-
-
-def small_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes every size of a config small; query and key/value heads keep their ratio's kind: all, some or one."""
-    small: dict[str, Any] = {
-        key: most for key, most in SMALL.items() if isinstance(size := config.get(key), int) and size > most
-    }
-    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if isinstance(heads, int) and isinstance(groups, int):
-        now = small.get("num_attention_heads", heads)
-        small["num_key_value_heads"] = now if groups == heads else 1 if groups == 1 else max(1, now // 2)
-    if isinstance(types := config.get("layer_types"), Sequence) and (layers := small.get("num_hidden_layers")):
-        small["layer_types"] = list(types[:layers])
-    if isinstance(text := config.get("text_config"), Mapping):
-        small["text_config"] = {**text, **small_sizes(text)}
-    return small
 
 
 def no_dropout(config: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,46 @@
+"""A sample of the matrix of layouts and families, tried again: the page has to say what is so. All of it: ``make
+verify-all``."""
+
+import pytest
+
+from layout_matrix import FAMILIES, cases, differs, said
+from paceline.verify.cases import SINGLE, parse
+from paceline.verify.run import Trial
+
+SEVERAL = (
+    "shard=2,tensor=2,context=2",
+    "shard=2,tensor=2,pipeline=2,zero=2,schedule=1f1b",
+    "replicas=2,tensor=2,sequence=true,recompute=full",
+    "tensor=4",
+)
+SAMPLE = [("llama", words) for words in (*SINGLE, *SEVERAL)] + [
+    (family, SINGLE[(3 * i + j) % len(SINGLE)])
+    for i, family in enumerate(name for name in FAMILIES if name != "llama")
+    for j in (0, 5, 10)
+]
+
+
+@pytest.fixture(scope="module")
+def trial_of(pool):
+    trials = {}
+
+    def get(family):
+        if family not in trials:
+            trials[family] = Trial(FAMILIES[family].config(), pool)
+        return trials[family]
+
+    yield get
+    for trial in trials.values():
+        trial.__exit__()
+
+
+@pytest.mark.parametrize(("family", "words"), SAMPLE)
+def test_a_cell_is_what_the_page_says(trial_of, family, words):
+    (case,) = parse(words)
+    row = trial_of(family).judge(case)
+    assert row.is_good, row.text()
+    assert not differs(row, said().get((family, case.name))), f"{row.text()}; run `make verify-all`"
+
+
+def test_the_page_has_every_cell():
+    assert said().keys() == {(family, case.name) for family in FAMILIES for case in cases(family)}
