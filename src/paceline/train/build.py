@@ -14,7 +14,8 @@ from paceline.optim.base import OptimizerConfig
 from paceline.parallel.compiled import compile_blocks
 from paceline.parallel.context import cut_context
 from paceline.parallel.context_check import check_context
-from paceline.parallel.dropout import dropouts
+from paceline.parallel.dropout import Dropout
+from paceline.parallel.dropout_places import find_places
 from paceline.parallel.held import Held
 from paceline.parallel.precision import Masters
 from paceline.parallel.recompute import recompute_full
@@ -47,6 +48,8 @@ class Built:
     schedule: Schedule
     split: Callable[[Batch], Batch]
     """This rank's part of a micro-batch."""
+    by_chance: str | None = None
+    """What of the model is random other than by step, sequence and position; None if nothing."""
 
 
 def build(
@@ -66,7 +69,17 @@ def build(
 
     All ranks of a replica call this together. Raises ``PlanError`` for what this model or these passes cannot do.
     """
-    _refuse_dropout(model, mesh)
+    places = find_places(model, goal.sample)
+    dropout = None
+    if places.unknown is not None:
+        _refuse_chance(places.unknown, mesh)
+    elif places.dimensions:
+        if compiled:
+            raise PlanError(
+                f"train.compile=true with dropout (in {next(iter(places.calls)) or 'the model'}) is not built. Set the "
+                "model's dropouts to 0, or use train.compile=false"
+            )
+        dropout = Dropout(places, seed=seed, tensor=mesh.tensor, sequence=layout.sequence)
     cuts_parameters = [axis for axis in (mesh.shard, mesh.context, mesh.tensor) if axis.size > 1]
     if cuts_parameters and not optimizer.is_elementwise:
         axis = cuts_parameters[0]
@@ -85,10 +98,12 @@ def build(
     if mesh.tensor.size > 1:
         held = _merged(held, cut_tensor(model, mesh, sequence=layout.sequence))
     if mesh.context.size > 1:
-        context = cut_context(model, mesh, attention=layout.attention)
+        context = cut_context(model, mesh, attention=layout.attention, dropout=dropout)
+    if dropout is not None:
+        dropout.install(model)
     model.to(device).train()
     if layout.recompute == "full":
-        recompute_full(model)
+        recompute_full(model, dropout)
     if compiled:
         compile_blocks(model)
     states: States = (
@@ -106,21 +121,21 @@ def build(
             elsewhere=whole - own,
             reports=stages is None or stages.has_loss,
         ),
-        schedule=Accumulate(model, goal.objective, seed=seed, device=device)
+        schedule=Accumulate(model, goal.objective, seed=seed, device=device, dropout=dropout)
         if stages is None
-        else Pipelined(stages, mesh, goal.objective, seed=seed, device=device),
+        else Pipelined(stages, mesh, goal.objective, seed=seed, device=device, dropout=dropout),
         split=context.split if context is not None else lambda batch: batch,
+        by_chance=places.unknown,
     )
 
 
-def _refuse_dropout(model: nn.Module, mesh: Mesh) -> None:
-    """Ranks that compute parts of one sequence would have to draw parts of one mask."""
+def _refuse_chance(unknown: str, mesh: Mesh) -> None:
+    """Ranks that compute parts of one sequence would have to draw parts of what one process draws."""
     axes = [axis for axis in (mesh.tensor, mesh.context, mesh.pipeline) if axis.size > 1]
-    if axes and (found := dropouts(model)):
-        name, probability = next(iter(found.items()))
+    if axes:
         raise PlanError(
-            f"layout.{axes[0].name}={axes[0].size} with dropout ({name}={probability}) is not built: its masks would "
-            "differ from those of one process. Set the model's dropouts to 0, or use shard and replicas"
+            f"layout.{axes[0].name}={axes[0].size}: {unknown}, so that its ranks would not compute what one process "
+            "does. Switch that off in the model's config, or use shard and replicas"
         )
 
 

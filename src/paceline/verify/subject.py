@@ -67,7 +67,7 @@ class Subject:
         assert isinstance(config.objective, ObjectiveOptions)
         source = ModelSource.of(config.model, config.objective.head)
         defaults = source.hugging_face_config().to_dict()
-        changes = no_dropout(defaults) if full else no_dropout(defaults) | small_sizes(defaults)
+        changes = {} if full else small_sizes(defaults)
         written = source.settings if source.folder is None or full else defaults
         source = replace(source, settings={**written, **changes}, folder=source.folder if full else None)
         if source.vocabulary is None:
@@ -141,8 +141,3 @@ def small_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(text := config.get("text_config"), Mapping):
         small["text_config"] = {**text, **small_sizes(text)}
     return small
-
-
-def no_dropout(config: Mapping[str, Any]) -> dict[str, float]:
-    """What switches off every dropout of a config."""
-    return {key: 0.0 for key, value in config.items() if isinstance(value, float) and value > 0 and "drop" in key}
