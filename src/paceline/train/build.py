@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from paceline.comm.mesh import Mesh
+from paceline.comm.mesh import Axis, Mesh
 from paceline.config import LayoutConfig
 from paceline.errors import PlanError
 from paceline.objectives.base import Batch, Objective, ObjectiveContext, ObjectiveOptions
@@ -96,7 +96,7 @@ def build(
         stages = cut_stages(model, mesh, schedule=layout.schedule, sample=goal.sample)
         model, held = stages.model, stages.held
     if mesh.tensor.size > 1:
-        held = _merged(held, cut_tensor(model, mesh, sequence=layout.sequence))
+        held = _merged(held, cut_tensor(model, mesh, sequence=layout.sequence), mesh.tensor)
     if mesh.context.size > 1:
         context = cut_context(model, mesh, attention=layout.attention, dropout=dropout)
     if dropout is not None:
@@ -139,9 +139,12 @@ def _refuse_chance(unknown: str, mesh: Mesh) -> None:
         )
 
 
-def _merged(first: Mapping[str, Held], then: Mapping[str, Held]) -> dict[str, Held]:
-    """What two passes say of the same parameters, the second of what the first left."""
-    merged = {**first, **then}
+def _merged(first: Mapping[str, Held], then: Mapping[str, Held], axis: Axis) -> dict[str, Held]:
+    """What two passes say of the same parameters, the second of what the first left.
+
+    Of what only the first speaks of, all ranks of the second's ``axis`` hold the same, and one counts it.
+    """
+    merged = {name: replace(own, is_owner=own.is_owner and axis.index == 0) for name, own in first.items()} | {**then}
     for name in first.keys() & then.keys():
         one, other = first[name], then[name]
         if one.summed_over is not None and other.summed_over is not None:
