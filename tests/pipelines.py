@@ -57,4 +57,9 @@ def batch_of(head: Head, seed: int, positions: int = 7, *, rows: int = 2, masked
     labels = ids(positions)
     labels[0, : seed % 4] = -100
     labels[:, :] = -100 if masked else labels
-    return Batch(inputs=inputs, labels=labels, count=int((labels != -100).sum()), first_sequence=seed)
+    return Batch(
+        inputs=inputs,
+        labels=labels,
+        count=int((labels != -100).sum()),
+        sequences=tuple(range(rows * seed, rows * (seed + 1))),
+    )

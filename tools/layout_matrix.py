@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paceline.config import Config
-from paceline.models.tiny import TINY
+from paceline.models.tiny import DROPOUTS, TINY
 from paceline.verify.cases import SINGLE, TOGETHER, Case, parse
 from paceline.verify.run import Row, Trial
 from paceline.workers.pool import Pool
@@ -30,13 +30,15 @@ class Family:
     name: str
     settings: dict[str, object]
     isolated: bool = False
+    drops_out: bool = False
 
     def config(self) -> Config:
         """With a vocabulary that nothing divides."""
         head, settings = TINY[self.name]
+        dropouts = dict.fromkeys(DROPOUTS[self.name], DROPOUT) if self.drops_out else {}
         return Config.parse(
             {
-                "model": {"config": {**settings, **self.settings, "vocab_size": 131}},
+                "model": {"config": {**settings, **self.settings, **dropouts, "vocab_size": 131}},
                 "data": {"source": "unused", "isolate_documents": self.isolated},
                 "objective": OBJECTIVES[head],
                 "batch": {"sequences": 8, "sequence_tokens": 24},
@@ -52,16 +54,17 @@ FAMILIES = {
     "qwen3": Family("qwen3", FIVE, isolated=True),
     "mistral": Family("mistral", FIVE),
     "gemma2": Family("gemma2", FIVE),
-    "gpt2": Family("gpt2", {"n_layer": 5}),
-    "gpt_neox": Family("gpt_neox", FIVE),
+    "gpt2": Family("gpt2", {"n_layer": 5}, drops_out=True),
+    "gpt_neox": Family("gpt_neox", FIVE, drops_out=True),
     "olmo": Family("olmo", FIVE),
     "phi3": Family("phi3", FIVE, isolated=True),
     "mixtral": Family("mixtral", FIVE),
-    "bert": Family("bert", FIVE),
-    "albert": Family("albert", FIVE),
-    "t5": Family("t5", {"num_layers": 2}),
+    "bert": Family("bert", FIVE, drops_out=True),
+    "albert": Family("albert", FIVE, drops_out=True),
+    "t5": Family("t5", {"num_layers": 2}, drops_out=True),
 }
 """Five blocks each, which no number of stages divides; T5 has two and two."""
+DROPOUT = 0.1
 MARKS = {"equal": "yes", "refused": "refused"}
 
 INTRODUCTION = """# Which layouts are proven, on which families
@@ -69,9 +72,10 @@ INTRODUCTION = """# Which layouts are proven, on which families
 Written by `make verify-all`. A cell says `yes` where a small model of the family, trained under the layout for 20 steps
 of SGD in fp64, held the same losses, gradients and parameters on every rank as one process did, within 1e-10, and saved
 and continued the same run. The batch, the vocabulary, the blocks and the lengths of the rows divide by no number of
-ranks; two key/value heads meet up to four tensor ranks; some rows, and so some micro-batches, have no target; in
-`llama, untied`, `qwen3` and `phi3` rows hold isolated documents, which cross the borders of context ranks. `refused`
-comes with the number of a reason below. [What the comparison is](../guides/layouts.md#verify).
+ranks; two key/value heads meet up to four tensor ranks; some rows, and so some micro-batches, have no target. GPT-2,
+GPT-NeoX, BERT, ALBERT and T5 drop out a tenth wherever they can; in `llama, untied`, `qwen3` and `phi3` rows hold
+isolated documents, which cross the borders of context ranks. `refused` comes with the number of a reason below.
+[What the comparison is](../guides/layouts.md#verify).
 """
 
 

@@ -11,6 +11,7 @@ from paceline.errors import ModelError
 from paceline.models import blockwise
 from paceline.models.attention import choose, register
 from paceline.models.blockwise import attention
+from paceline.models.chance import taken
 from paceline.models.source import ModelSource
 from tolerances import FP64_EQUAL
 
@@ -216,6 +217,21 @@ def test_dropout_takes_the_same_probabilities_forward_and_backward():
     torch.manual_seed(9)
     output = attention(query, key, value, scale=0.3, dropout=0.25)
     compare(output, plain(query, key, value, keep=keep.detach(), scale=0.3), [query, key, value])
+
+
+@pytest.mark.parametrize("rows", [7, 128])
+def test_dropout_follows_from_chance_and_the_number_of_the_key(monkeypatch, rows):
+    """In blocks of whatever size, that leave out keys."""
+    monkeypatch.setattr(blockwise, "BLOCK_ROWS", rows)
+    query, key, value = heads(torch.float64)
+    chance = torch.randint(1 << 62, query.shape[:3], generator=torch.Generator().manual_seed(1))
+    keep = taken(chance, torch.arange(key.shape[2]), 0.25).logical_not().double() / 0.75
+    past = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    compare(
+        attention(query, key, value, bias=past[None, None], scale=0.3, dropout=0.25, chance_BNQ=chance),
+        plain(query, key, value, bias=past, keep=keep, scale=0.3),
+        [query, key, value],
+    )
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0, 16.0])

@@ -75,11 +75,11 @@ def test_logits_of_another_shape_are_refused(ids):
             return super().forward(input_ids)[:, -1:]
 
     with pytest.raises(ModelError, match=r"shape \(2, 1, 64\); expected \(2, 3, vocabulary\)"):
-        token_loss(Last(), Batch(inputs={"input_ids": ids}, labels=ids, count=6, first_sequence=0))
+        token_loss(Last(), Batch(inputs={"input_ids": ids}, labels=ids, count=6, sequences=(0, 1)))
 
 
 def test_a_batch_moves_as_a_whole(ids):
-    batch = Batch(inputs={"input_ids": ids, "use_cache": False}, labels=ids, count=6, first_sequence=3)
+    batch = Batch(inputs={"input_ids": ids, "use_cache": False}, labels=ids, count=6, sequences=(3, 5))
     moved = batch.to(torch.device("meta"))
     assert moved.inputs["input_ids"].device.type == moved.labels.device.type == "meta"
-    assert (moved.inputs["use_cache"], moved.count, moved.first_sequence) == (False, 6, 3)
+    assert (moved.inputs["use_cache"], moved.count, moved.sequences) == (False, 6, (3, 5))

@@ -103,10 +103,10 @@ def test_a_row_that_fills_up_has_no_target(name, rows, context, model):
 
 
 @objectives
-def test_count_and_first_sequence_are_known_with_the_batch(name, rows, context):
+def test_count_and_sequences_are_known_with_the_batch(name, rows, context):
     batch = registry.OBJECTIVES.load(name)().build(context()).batch(rows, seed=7, step=3)
     assert batch.count == int((batch.labels != -100).sum())
-    assert batch.first_sequence == 100
+    assert batch.sequences == tuple(row.sequence for row in rows)
 
 
 @objectives

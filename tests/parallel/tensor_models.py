@@ -99,7 +99,7 @@ def batch_of(model, head, tokens):
         inputs["decoder_input_ids"] = ids(positions)
     labels = ids(positions)
     labels[0, :3] = labels[1, -1] = -100
-    return Batch(inputs=inputs, labels=labels, count=2 * positions - 4, first_sequence=0)
+    return Batch(inputs=inputs, labels=labels, count=2 * positions - 4, sequences=(0, 1))
 
 
 def counts(tally):

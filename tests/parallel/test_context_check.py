@@ -160,14 +160,8 @@ def test_a_model_in_which_positions_do_not_meet_cannot_be_checked():
         check(model)
 
 
-def test_dropout_of_attention_is_found_before_training():
-    model = build("gpt2", {"attn_pdrop": 0.1}).float()
-    with pytest.raises(PlanError, match=r"GPT2Attention drops out 0.1 of attention. Set the model's attention dropout"):
-        check(model)
-
-
-def test_other_dropout_does_not_disturb_the_trial():
-    check(build("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5}).float())
+def test_dropout_does_not_disturb_the_trial():
+    check(build("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}).float())
 
 
 def test_a_routing_tie_in_one_trial_does_not_refuse_a_model(monkeypatch):

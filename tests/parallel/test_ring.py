@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshes import replica
 from paceline.comm.mesh import Axis
+from paceline.models.chance import fold, taken
 from paceline.parallel import partial_attention, visible
 from paceline.parallel.partial_attention import Scores
 from paceline.parallel.ring import attend, ring_attention, ring_spans
@@ -18,6 +19,7 @@ from paceline.plan.layout import Grid
 from tolerances import FP64_EQUAL
 
 TOKENS = 24
+ALL = slice(0, TOKENS)
 ALONE = Axis(name="context")
 
 
@@ -224,6 +226,31 @@ def test_messages_of_ulysses_attention(pool, ranks, heads):
         assert n_bytes == {where: 2 * positions * (n_heads * 8 + copied * (8 + 6) + n_heads * 6)}
 
 
+def test_dropout_leaves_the_rest_of_a_softmax_alone():
+    """It takes probabilities of the whole sequence, as one rank's: parts of attention are weighed without it."""
+    query, key, value, grad = tensors()
+    chance = torch.randint(1 << 62, query.shape[:2], generator=torch.Generator().manual_seed(1))
+    scores = Scores(scale=0.4, dropout=0.25, chance_BN=chance)
+    positions = torch.arange(TOKENS)
+    keep = taken(fold(chance.unsqueeze(-1), positions), positions, 0.25).logical_not().double() / 0.75
+    mask = expected_mask("causal", False)
+
+    def expected(query, key, value):
+        key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+        return ((query @ key.mT * 0.4).masked_fill(~mask, float("-inf")).softmax(-1) * keep) @ value
+
+    spans = ring_spans(TOKENS, 3, 1)
+    places = torch.cat([positions[span] for span in spans])
+    visible = visible_of("causal", False)
+
+    def own(query, key, value):
+        return attend(query[:, :, places], key, value, None, visible, scores, ALONE, spans, [visible.whole])
+
+    found = with_gradients(own, query, key, value, grad[:, :, places])
+    part = with_gradients(lambda *x: expected(*x)[:, :, places], query, key, value, grad[:, :, places])
+    assert_close(found, part, FP64_EQUAL)
+
+
 def test_key_heads_are_repeated_only_until_they_divide():
     assert [repeats(8, 8, 4), repeats(8, 2, 4), repeats(8, 1, 4), repeats(12, 6, 4), repeats(24, 6, 4)] == [
         1,
@@ -239,7 +266,7 @@ def test_key_heads_are_repeated_only_until_they_divide():
 def test_fused_kernels_and_plain_products_agree(monkeypatch, is_causal, is_fused):
     query, key, value, grad = tensors()
     scores = Scores(scale=0.4)
-    tile = Tile(rows=slice(0, TOKENS), columns=slice(0, TOKENS), causal=is_causal)
+    tile = Tile(rows=ALL, columns=ALL, query=ALL, key=ALL, causal=is_causal)
     mask = expected_mask("causal" if is_causal else "both ways", False)
     assert partial_attention._is_fused(query, value, scores, tile)
     if not is_fused:
@@ -256,7 +283,7 @@ def test_on_cuda_fused_kernels_are_given_what_they_take():
         query, key, value, grad = (
             torch.empty(2, heads, TOKENS, 8, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2, 4)
         )
-        tile = Tile(rows=slice(0, TOKENS), columns=slice(0, TOKENS), causal=True)
+        tile = Tile(rows=ALL, columns=ALL, query=ALL, key=ALL, causal=True)
         scores = Scores(scale=0.4)
         with Kernels() as kernels:
             output, lse = partial_attention.forward(query, key, value, scores, tile)

@@ -25,6 +25,10 @@ def refused(folder: Path, *arguments: str, status: int | None = None) -> str:
     return lines[0]
 
 
+LAYER_DROP = (
+    "{model_type: opt, vocab_size: 400, hidden_size: 16, word_embed_proj_dim: 16, ffn_dim: 32, num_hidden_layers: 2, "
+    "num_attention_heads: 2, max_position_embeddings: 64, layerdrop: 0.5}"
+)
 OVERRIDES = {
     "unknown key": (["batch.sequenses=8"], "batch.sequenses: unknown key, did you mean 'sequences'?"),
     "unknown section": (["modle.preset=llama-1m"], "modle: unknown key, did you mean 'model'?"),
@@ -50,9 +54,13 @@ OVERRIDES = {
     "more tensor ranks than heads": (["layout.tensor=4"], "tensor="),
     "an optimizer of whole matrices": (["layout.shard=2", "optimizer={name: muon}"], "that Muon needs whole"),
     "more stages than blocks": (["layout.pipeline=4", "batch.micro=1"], "Use"),
-    "dropout where ranks share a sequence": (
-        ["layout.tensor=2", "model.config.attention_dropout=0.1"],
-        "with dropout (model.layers.0.self_attn.attention_dropout=0.1)",
+    "dropout where blocks are compiled": (
+        ["train.compile=true", "model.config.attention_dropout=0.1"],
+        "train.compile=true with dropout (in model.layers.0.self_attn) is not built",
+    ),
+    "chance that ranks would not share": (
+        ["layout.tensor=2", f"model={{config: {LAYER_DROP}}}"],
+        "layout.tensor=2: model.decoder draws random numbers",
     ),
     "more tokens than positions": (["batch.sequence_tokens=65"], "65 is more than the model's 64 positions"),
     "override without a value": (["train.steps"], "expected key.path=value"),

@@ -82,7 +82,7 @@ class ByPlace:
     """Every second sequence takes the branch."""
 
     def loss(self, model, batch):
-        return model(batch.first_sequence % 2)
+        return model(batch.sequences[0] % 2)
 
 
 def branching(member, name):
@@ -97,7 +97,7 @@ def branching(member, name):
     losses, norms = [], []
     for step in (1, 2, 3):
         places = range(index, 2, size)
-        batches = [Batch({}, torch.zeros(1, 1, dtype=torch.int64), count=1, first_sequence=p) for p in places]
+        batches = [Batch({}, torch.zeros(1, 1, dtype=torch.int64), count=1, sequences=(p,)) for p in places]
         result = train_step(replica, strategy, schedule, batches, step=step, stop=False)
         losses.append(result.loss)
         norms.append(result.gradient_norm)

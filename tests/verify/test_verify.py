@@ -6,7 +6,7 @@ import torch
 from paceline.checkpoint import Checkpointer, LocalExchange, tensor_state
 from paceline.config import Config
 from paceline.errors import ConfigError
-from paceline.models.tiny import TINY
+from paceline.models.tiny import DROPOUTS, TINY
 from paceline.verify.cases import parse
 from paceline.verify.compare import bounds_of, compare_saved
 from paceline.verify.routing import compare_routes, narrowest
@@ -118,3 +118,57 @@ def test_pairs_do_not_set_one_thing_twice():
     cases = parse("pairs")
     assert len(cases) > 60 and len({case.name for case in cases}) == len(cases)
     assert max(case.ranks for case in cases) == 4
+
+
+def dropping(family, probability):
+    return dict.fromkeys(DROPOUTS[family], probability)
+
+
+@pytest.fixture(scope="module")
+def gpt2(pool):
+    """With dropout of everything."""
+    with Trial(config("gpt2", n_layer=4, vocab_size=131, **dropping("gpt2", 0.1)), pool) as trial:
+        yield trial
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "replicas=2",
+        "accumulate=3",
+        "tensor=2,sequence=true,recompute=full",
+        "context=2,attention=ring",
+        "context=2,attention=ulysses,tensor=2",
+        "pipeline=2,schedule=zbv,zero=2,recompute=full",
+    ],
+)
+def test_dropout_is_that_of_one_process(gpt2, words):
+    (case,) = parse(words)
+    row = gpt2.judge(case)
+    assert row.verdict == "equal", row.text()
+
+
+@pytest.mark.parametrize("words", ["pipeline=2,schedule=zbv,zero=2", "tensor=2,pipeline=2"])
+def test_a_block_that_every_stage_calls(pool, words):
+    """ALBERT has one: it drops out by the number of the call, and its gradient is counted by one rank."""
+    with Trial(config("albert", num_hidden_layers=4, **dropping("albert", 0.1)), pool) as trial:
+        (case,) = parse(words)
+        row = trial.judge(case)
+        assert row.verdict == "equal", row.text()
+
+
+def test_dropout_is_not_switched_off_in_the_trial(pool):
+    losses = []
+    for probability in (0.0, 0.5):
+        with Trial(config("gpt2", **dropping("gpt2", probability)), pool) as trial:
+            losses.append(trial._own_run["losses"][0])
+    assert abs(losses[0] - losses[1]) > 1e-6
+
+
+def test_what_is_drawn_by_micro_batch_is_seen_to_differ(pool):
+    opt = {**TINY["llama"][1], "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.5}
+    del opt["intermediate_size"], opt["num_key_value_heads"]
+    with Trial(Config.parse({**config("llama").tree(), "model": {"config": opt}}), pool) as trial:
+        assert trial.judge(*parse("replicas=2")).verdict == "DIFFERS"
+        refused = trial.judge(*parse("pipeline=2"))
+        assert refused.verdict == "refused" and "model.decoder draws random numbers" in refused.reason

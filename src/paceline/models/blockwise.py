@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from paceline.models.chance import taken
 
 BLOCK_ROWS = 128
 """Queries of a block: fewer leave out more of what is masked, more fill the matrix units better."""
@@ -39,17 +42,33 @@ def attention(
     scale: float,
     softcap: float | None = None,
     dropout: float = 0.0,
+    chance_BNQ: Tensor | None = None,
 ) -> Tensor:
     """softmax(cap(scale x query key^T) + bias) value, as (B, Q, N, V), differentiable once.
 
     ``bias`` (1|B, 1|N, Q, S): truth values, True where a query sees a key, or numbers that are added and may learn.
     ``causal``: query i sees keys 0 to i only. ``softcap`` c: cap(x) = c tanh(x / c). ``dropout`` of the probabilities
-    is drawn from torch's default generator. A query that sees no key gives 0.
+    follows from ``chance_BNQ`` (int64) and the number of the key, as in ``chance``; without it these are drawn from
+    torch's default generator. A query that sees no key gives 0.
     """
+    if has_torch_function((query_BNQH,)):
+        options: dict[str, Any] = {
+            "bias": bias,
+            "causal": causal,
+            "scale": scale,
+            "softcap": softcap,
+            "dropout": dropout,
+        }
+        own: Tensor = handle_torch_function(attention, (query_BNQH,), query_BNQH, key_BKSH, value_BKSV, **options)
+        return own
     assert not causal or query_BNQH.shape[2] == key_BKSH.shape[2]
-    seed = torch.randint(1 << 62, ()) if dropout > 0.0 else None
+    if dropout == 0.0:
+        chance_BNQ = None
+    elif chance_BNQ is None:
+        chance_BNQ = torch.randint(1 << 62, query_BNQH.shape[:3], device=query_BNQH.device)
+    given = query_BNQH, key_BKSH, value_BKSV, bias, chance_BNQ
     output_BQNV: Tensor
-    output_BQNV, _ = _attention(query_BNQH, key_BKSH, value_BKSV, bias, seed, causal, scale, softcap or 0.0, dropout)
+    output_BQNV, _ = _attention(*given, causal, scale, softcap or 0.0, dropout)
     return output_BQNV
 
 
@@ -60,14 +79,14 @@ def _attention(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    seed: Tensor | None,
+    chance: Tensor | None,
     causal: bool,
     scale: float,
     softcap: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """The output (B, Q, N, V) and, for the backward pass, the greatest score of each query (B, Q, N, 1)."""
-    blocks = _Blocks(query, key, bias, seed, None, causal, scale, softcap, dropout)
+    blocks = _Blocks(query, key, bias, chance, None, causal, scale, softcap, dropout)
     output_BQNV, greatest_BQN1 = _empty_outputs(query, value)
     value_XSV = value.flatten(0, 1)
     for block in blocks:
@@ -85,7 +104,7 @@ def _attention_backward(
     value: Tensor,
     bias: Tensor | None,
     bias_learns: bool,
-    seed: Tensor | None,
+    chance: Tensor | None,
     greatest_BQN1: Tensor,
     causal: bool,
     scale: float,
@@ -93,7 +112,7 @@ def _attention_backward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias (nothing in it unless ``bias_learns``)."""
-    blocks = _Blocks(query, key, bias, seed, greatest_BQN1, causal, scale, softcap, dropout)
+    blocks = _Blocks(query, key, bias, chance, greatest_BQN1, causal, scale, softcap, dropout)
     grads = _empty_gradients(query, key, value, bias if bias_learns else None)
     grad_query, grad_key, grad_value, grad_bias = grads
     key_XSH, value_XSV = blocks.key_XSH, value.flatten(0, 1)
@@ -135,9 +154,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _differentiate(ctx: Any, grad_BQNV: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, bias, seed, greatest = ctx.saved_tensors
+    query, key, value, bias, chance, greatest = ctx.saved_tensors
     learns = ctx.needs_input_grad[3]
-    *grads, grad_bias = _attention_backward(grad_BQNV, query, key, value, bias, learns, seed, greatest, *ctx.options)
+    *grads, grad_bias = _attention_backward(grad_BQNV, query, key, value, bias, learns, chance, greatest, *ctx.options)
     return *grads, grad_bias if learns else None, None, None, None, None, None
 
 
@@ -191,7 +210,7 @@ class _Blocks:
         query_BNQH: Tensor,
         key_BKSH: Tensor,
         bias: Tensor | None,
-        seed: Tensor | None,
+        chance_BNQ: Tensor | None,
         greatest_BQN1: Tensor | None,
         causal: bool,
         scale: float,
@@ -202,7 +221,7 @@ class _Blocks:
         self.key_XSH = key_BKSH.flatten(0, 1)
         self._batch, self._heads = key_BKSH.shape[:2]
         self._bias = bias
-        self._seed = seed
+        self._chance_BNQ = chance_BNQ
         self._greatest_BQN1 = greatest_BQN1
         self._causal = causal
         self._scale = scale
@@ -224,16 +243,13 @@ class _Blocks:
         return x_XME.view(self._batch, self._heads, -1, rows.stop - rows.start, x_XME.shape[-1])
 
     def __iter__(self) -> Iterator[_Block]:
-        generator = None
-        if self._seed is not None:
-            generator = torch.Generator(self.key_XSH.device).manual_seed(int(self._seed))
         seen_QS = None if self._bias is None else _sees(self._bias).flatten(0, 1).any(0)
         batch, queries, heads, _ = self._query_BQNH.shape
         keys = self.key_XSH.shape[1]
         step = max(1, min(BLOCK_ROWS, BLOCK_SCORES // (batch * heads * keys)))
         for begin in range(0, queries, step):
             rows = slice(begin, min(begin + step, queries))
-            yield self._block(rows, self._range(rows, seen_QS), generator)
+            yield self._block(rows, self._range(rows, seen_QS))
 
     def _range(self, rows: slice, seen_QS: Tensor | None) -> slice:
         """The keys that some query of ``rows`` sees; one where they see none."""
@@ -243,7 +259,7 @@ class _Blocks:
         seen = seen_QS[rows, :end].any(0).nonzero()
         return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 1)
 
-    def _block(self, rows: slice, keys: slice, generator: torch.Generator | None) -> _Block:
+    def _block(self, rows: slice, keys: slice) -> _Block:
         query_XMH = self.take(self._query_BQNH, rows)
         scores_XMC, greatest_XM1 = self._scores(query_XMH, rows, keys)
         tanh_XMC = None
@@ -254,10 +270,6 @@ class _Blocks:
         probabilities_XMC = scores_XMC.softmax(-1)
         if blind is not None:
             self.split(probabilities_XMC, rows).masked_fill_(blind, 0.0)
-        keep_XMC = None
-        if generator is not None:
-            keep = 1.0 - self._dropout
-            keep_XMC = torch.empty_like(scores_XMC).bernoulli_(keep, generator=generator).div_(keep)
         return _Block(
             rows=rows,
             keys=keys,
@@ -265,7 +277,7 @@ class _Blocks:
             greatest_XM1=greatest_XM1,
             probabilities_XMC=probabilities_XMC,
             tanh_XMC=tanh_XMC,
-            keep_XMC=keep_XMC,
+            keep_XMC=None if self._chance_BNQ is None else self._keep(self._chance_BNQ, rows, keys, scores_XMC.dtype),
         )
 
     def _scores(self, query_XMH: Tensor, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
@@ -278,6 +290,13 @@ class _Blocks:
         else:
             greatest_XM1 = _product(query_XMH, key_XHC, self._scale).amax(-1, keepdim=True)
         return torch.baddbmm(-greatest_XM1, query_XMH, key_XHC, alpha=self._scale), greatest_XM1
+
+    def _keep(self, chance_BNQ: Tensor, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
+        """(X, M, C)."""
+        chance_XM = self.take(chance_BNQ.transpose(1, 2).unsqueeze(-1), rows).squeeze(-1)
+        columns_C = torch.arange(keys.start, keys.stop, device=chance_XM.device)
+        keep_XMC = taken(chance_XM, columns_C, self._dropout).logical_not_().to(dtype)
+        return keep_XMC.div_(1.0 - self._dropout) if self._dropout < 1.0 else keep_XMC
 
     def _hide(self, scores_BKGRC: Tensor, rows: slice, keys: slice) -> Tensor | None:
         """Add the bias, and -inf at hidden keys; returns the queries (B|1, K|1, G|1, R, 1) that see none, if any."""

@@ -35,3 +35,13 @@ TINY: dict[str, tuple[Head, dict[str, Any]]] = {
     "albert": ("masked", {**_ENCODER, "model_type": "albert", "embedding_size": 16}),
     "t5": ("seq2seq", {**_T5, "model_type": "t5", "dropout_rate": 0.0}),
 }
+
+DROPOUTS: dict[str, tuple[str, ...]] = {
+    "llama": ("attention_dropout",),
+    "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    "gpt_neox": ("hidden_dropout", "attention_dropout"),
+    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "albert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"),
+    "t5": ("dropout_rate",),
+}
+"""What makes a family drop out wherever it can, where ``TINY`` has 0."""

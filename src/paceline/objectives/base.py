@@ -39,8 +39,10 @@ class Batch:
     """(B, S) int64, aligned with the logits: the target at each position, -100 where there is none."""
     count: int
     """How many targets there are; may be 0."""
-    first_sequence: int
-    """Place of the first row in the run's global order."""
+    sequences: tuple[int, ...]
+    """Place of each row in the run's global order."""
+    columns: Tensor | None = None
+    """(P,) int64, on the CPU: the positions of the whole sequence that the inputs are a part of; None for all."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
@@ -158,7 +160,7 @@ def make_batch(rows: Sequence[Row], inputs: Arrays, labels: Ints) -> Batch:
         inputs={name: value if isinstance(value, bool) else torch.from_numpy(value) for name, value in inputs.items()},
         labels=torch.from_numpy(labels),
         count=int(np.count_nonzero(labels != NO_TARGET)),
-        first_sequence=rows[0].sequence,
+        sequences=tuple(row.sequence for row in rows),
     )
 
 

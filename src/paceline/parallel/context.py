@@ -29,6 +29,7 @@ from paceline.objectives.base import Batch
 from paceline.objectives.cross_entropy import NO_TARGET
 from paceline.parallel.context_rules import own_attention, refuse, require_divisible
 from paceline.parallel.documents import Positions, find_documents, positions_of
+from paceline.parallel.dropout import Dropout
 from paceline.parallel.partial_attention import Scores
 from paceline.parallel.ring import ring_attention, ring_spans
 from paceline.parallel.ulysses import ulysses_attention, ulysses_spans
@@ -50,7 +51,7 @@ MASK_GIVEN = "context_mask_given"
 """Input: the documents were given as a mask of all pairs, which families take as it is, whatever a layer's kind."""
 
 
-def cut_context(model: nn.Module, mesh: Mesh, *, attention: Attention) -> "ContextCut":
+def cut_context(model: nn.Module, mesh: Mesh, *, attention: Attention, dropout: Dropout | None = None) -> "ContextCut":
     """Make ``model`` compute on the parts of micro-batches that ``ContextCut.split`` gives.
 
     Parameters stay whole. Each rank of ``mesh.context`` computes the loss of its own positions; losses, counts and
@@ -74,6 +75,7 @@ def cut_context(model: nn.Module, mesh: Mesh, *, attention: Attention) -> "Conte
         spans=partial(SPANS[attention], size=axis.size, index=axis.index),
         positions=positions_of(model),
         attend=attend,
+        dropout=dropout,
     )
     cut.attach(model)
     return cut
@@ -96,10 +98,17 @@ class ContextCut:
     """One rank's place on the context axis: how micro-batches are cut, and what attention computes with them."""
 
     def __init__(
-        self, *, size: int, multiple: int, spans: Callable[[int], Spans], positions: Positions, attend: Attend
+        self,
+        *,
+        size: int,
+        multiple: int,
+        spans: Callable[[int], Spans],
+        positions: Positions,
+        attend: Attend,
+        dropout: Dropout | None = None,
     ) -> None:
         self._size, self._multiple, self._spans = size, multiple, spans
-        self._positions, self._attend = positions, attend
+        self._positions, self._attend, self._dropout = positions, attend, dropout
         self._part: _Part | None = None
         """Of the forward pass that is running; None outside."""
         self._before: Kinds = []
@@ -113,8 +122,8 @@ class ContextCut:
         """
         rows, tokens = batch.labels.shape
         padded = -(-tokens // self._multiple) * self._multiple
-        places_P = torch.cat([torch.arange(span.start, span.stop) for span in self._spans(padded)])
-        places_P = places_P.to(batch.labels.device)
+        columns_P = torch.cat([torch.arange(span.start, span.stop) for span in self._spans(padded)])
+        places_P = columns_P.to(batch.labels.device)
         fill_P, places_P = places_P >= tokens, places_P.clamp(max=tokens - 1)
         inputs = dict(batch.inputs)
         mask = inputs.pop("attention_mask", None)
@@ -133,7 +142,8 @@ class ContextCut:
         inputs["attention_mask"] = torch.ones_like(labels)
         inputs[DOCUMENTS] = labels.new_empty(rows, 0) if documents is None else documents
         inputs[MASK_GIVEN] = isinstance(mask, Tensor) and mask.ndim == 4
-        return replace(batch, inputs=inputs, labels=labels, count=int((labels != NO_TARGET).sum()))
+        count = int((labels != NO_TARGET).sum())
+        return replace(batch, inputs=inputs, labels=labels, count=count, columns=columns_P)
 
     def attach(self, model: nn.Module) -> None:
         """Register this attention with transformers, under a name of its own, and make ``model`` use it."""
@@ -236,12 +246,15 @@ class ContextCut:
         refused += ["output_attentions"] if others.get("output_attentions") else []
         if refused:
             raise _cannot(f"{name} asks for {', '.join(refused)}, which attention over ranks does not compute")
-        if dropout:
-            raise _cannot(f"{name} drops out {dropout:g} of attention. Set the model's attention dropout to 0")
         positions = attention_mask.tokens // self._size
         if query.shape[2] != positions or key.shape[2] != positions:
             raise _cannot(f"{name} attends from {query.shape[2]} to {key.shape[2]} of a part's {positions} positions")
-        scores = Scores(scale=query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
+        scores = Scores(
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=softcap,
+            dropout=dropout,
+            chance_BN=self._dropout.attention(query, dropout) if self._dropout else None,
+        )
         return self._attend(query, key, value, s_aux, attention_mask, scores).transpose(1, 2).contiguous(), None
 
 

@@ -55,8 +55,8 @@ def check_context(
     """Try whether the parts of ``model``'s logits that ``size`` ranks compute are those of the whole sequence.
 
     The model is whole: to be called before any cut, with weights in fp32 at least. Runs about five forward passes of
-    one short row, on this rank alone. Raises ``PlanError``, which names the model, if they are not, if attention drops
-    out, or if nothing could be seen either way.
+    one short row, on this rank alone. Raises ``PlanError``, which names the model, if they are not, or if nothing
+    could be seen either way.
     """
     refuse(model, size)
     name = f"{type(model).__name__} (model_type {getattr(getattr(model, 'config', None), 'model_type', None)})"
@@ -125,29 +125,11 @@ def _error_of_parts(
         places = _places(spans(-(-tokens // multiple) * multiple))
         real = places < tokens
         worst = max(worst, _distance(logits_BPV[:, real], expected_BSV[:, places[real]]) / coupling)
-    cut = cut_of(size=size, spans=spans, attend=_nothing)
-    with _attached(model, cut):
-        _try_training(model, cut.split(batch).inputs)
     return max(worst, play.error)
 
 
 def _places(spans: Spans) -> Tensor:
     return torch.cat([torch.arange(span.start, span.stop) for span in spans])
-
-
-def _try_training(model: nn.Module, inputs: Inputs) -> None:
-    """Only while training attention says whether it drops out, which is refused as it is called."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
-        model.train()
-        logits_of(model, inputs)
-
-
-def _nothing(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, visible: Visible, scores: Scores
-) -> Tensor:
-    """Stands for attention where its result does not matter."""
-    return query.new_zeros(*query.shape[:3], value.shape[-1])
 
 
 class _Play:

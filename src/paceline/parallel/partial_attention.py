@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paceline.models.chance import fold, taken
 from paceline.parallel.visible import Tile
 
 BLOCK_ROWS = 128
@@ -35,6 +36,10 @@ class Scores:
 
     scale: float
     softcap: float | None = None
+    dropout: float = 0.0
+    """Of the probabilities, which are those of all keys all the same."""
+    chance_BN: Tensor | None = None
+    """(B, N) int64: what is dropped follows from it, the positions of query and key, as in ``models.chance``."""
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +68,7 @@ def forward(
         block.hide(relative_XMC)
         lse_XM1 = relative_XMC.logsumexp(-1, keepdim=True)
         probabilities_XMC = (relative_XMC - lse_XM1.masked_fill(lse_XM1 == HIDDEN, 0.0)).exp_()
+        block.drop(probabilities_XMC, scores, tile)
         block.put(output_BNRV, torch.bmm(probabilities_XMC.to(query_XMH.dtype), block.keys(value_BKCV)))
         block.put(lse_BNR.unsqueeze(-1), lse_XM1 + offset_XM1)
     return output_BNRV, lse_BNR
@@ -93,8 +99,9 @@ def backward(
         relative_XMC, tanh_XMC = _relative_scores(query_XMH, key_XCH, scores, block.take(lse_BNR1))
         block.hide(relative_XMC)
         probabilities_XMC = relative_XMC.exp_()
-        block.add_keys(grad_value, torch.bmm(probabilities_XMC.to(query_XMH.dtype).mT, grad_XMV))
-        grad_XMC = torch.bmm(grad_XMV, block.keys(value_BKCV).mT) - block.take(delta_BNR1)
+        grad_XMC = block.drop(torch.bmm(grad_XMV, block.keys(value_BKCV).mT), scores, tile) - block.take(delta_BNR1)
+        dropped_XMC = block.drop(probabilities_XMC.clone() if scores.dropout else probabilities_XMC, scores, tile)
+        block.add_keys(grad_value, torch.bmm(dropped_XMC.to(query_XMH.dtype).mT, grad_XMV))
         grad_XMC = grad_XMC.mul_(probabilities_XMC)
         if tanh_XMC is not None:
             grad_XMC *= 1 - tanh_XMC**2
@@ -159,6 +166,19 @@ class _Block:
         place_BKCE = x_BKCE[:, :, self.columns]
         place_BKCE += block_XCE.view(place_BKCE.shape)
 
+    def drop(self, x_XMC: Tensor, scores: Scores, tile: Tile) -> Tensor:
+        """Apply dropout in place."""
+        if not scores.dropout:
+            return x_XMC
+        assert scores.chance_BN is not None
+        device = x_XMC.device
+        query_R = torch.arange(tile.query.start, tile.query.stop, device=device)
+        key_C = torch.arange(tile.key.start, tile.key.stop, device=device)[self.columns]
+        chance_BNR = fold(scores.chance_BN.unsqueeze(-1), query_R)
+        taken_XMC = taken(self.take(chance_BNR.unsqueeze(-1)).squeeze(-1), key_C, scores.dropout)
+        x_XMC.masked_fill_(taken_XMC, 0.0)
+        return x_XMC.mul_(1.0 / (1.0 - scores.dropout)) if scores.dropout < 1.0 else x_XMC
+
     def hide(self, scores_XMC: Tensor) -> None:
         if self.hidden is not None:
             shape = -1, self.key_heads, *scores_XMC.shape[1:]
@@ -185,7 +205,12 @@ def _hidden(rows: slice, columns: slice, tile: Tile, device: torch.device) -> Te
 
 
 def _is_fused(query_BNRH: Tensor, value_BKCV: Tensor, scores: Scores, tile: Tile) -> bool:
-    if tile.mask is not None or scores.softcap is not None or query_BNRH.shape[-1] != value_BKCV.shape[-1]:
+    if (
+        tile.mask is not None
+        or scores.softcap is not None
+        or scores.dropout
+        or query_BNRH.shape[-1] != value_BKCV.shape[-1]
+    ):
         return False
     if query_BNRH.device.type == "cuda":
         return query_BNRH.dtype.itemsize == 2 and query_BNRH.shape[-1] % 8 == 0 and query_BNRH.shape[-1] <= FUSED_WIDTH

@@ -8,12 +8,14 @@ from torch.utils.checkpoint import checkpoint
 
 from paceline.errors import PlanError
 from paceline.parallel.blocks import blocks
+from paceline.parallel.dropout import Dropout
 
 
-def recompute_full(model: nn.Module) -> int:
+def recompute_full(model: nn.Module, dropout: Dropout | None = None) -> int:
     """Wrap the forward of every block; returns how many. ``PlanError`` if the model has no blocks.
 
-    The random state is restored for the second forward, so dropout draws the same masks.
+    ``dropout`` is put in force again for the second forward, by which time another micro-batch may be current; of
+    anything else that is random, the random state is restored.
     """
     found = blocks(model)
     if not found:
@@ -22,15 +24,16 @@ def recompute_full(model: nn.Module) -> int:
             "Use layout.recompute=none."
         )
     for block in found.values():
-        block.forward = _Recomputed(block.forward)
+        block.forward = _Recomputed(block.forward, dropout)
     return len(found)
 
 
 class _Recomputed:
     """A forward whose activations are not kept."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], dropout: Dropout | None) -> None:
         self._forward = forward
+        self._contexts: dict[str, Any] = {} if dropout is None else {"context_fn": dropout.again}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(self._forward, *args, use_reentrant=False, **self._contexts, **kwargs)

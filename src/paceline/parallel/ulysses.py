@@ -10,6 +10,8 @@ Shapes: B batch, N query heads, K key/value heads, c ranks, S positions of a ran
 V width of a value.
 """
 
+from dataclasses import replace
+
 from torch import Tensor, cat
 
 from paceline.comm.mesh import Axis
@@ -58,6 +60,8 @@ def ulysses_attention(
     )
     alone = Axis(name=axis.name)
     sinks_n = None if sinks_N is None else axis.piece(sinks_N, 0)
+    if scores.chance_BN is not None:
+        scores = replace(scores, chance_BN=axis.piece(scores.chance_BN, 1))
     output_BnTV = attend(query, key, value, sinks_n, visible, scores, alone, visible.whole, [visible.whole])
     output_BTnV = output_BnTV.transpose(1, 2)
     return collectives.all_to_all(output_BTnV, axis, 1, 2, where=WHERE).transpose(1, 2)

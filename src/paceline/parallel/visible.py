@@ -31,6 +31,10 @@ class Tile:
     """In the tensors of the part that asks."""
     columns: slice
     """In the tensors of the part that is asked."""
+    query: slice
+    """The positions of the rows in the whole sequence."""
+    key: slice
+    """The positions of the columns."""
     causal: bool = False
     """Query i of the tile sees keys 0 to i of the tile only; it has as many rows as columns."""
     mask: Tensor | None = None
@@ -83,13 +87,15 @@ class Visible:
             if gap > self.reach:
                 return None
         if self.plain and (not self.causal or key.stop <= query.start + 1):
-            return Tile(rows=rows, columns=columns)
+            return Tile(rows=rows, columns=columns, query=query, key=key)
         if self.plain and query == key:
-            return Tile(rows=rows, columns=columns, causal=True)
+            return Tile(rows=rows, columns=columns, query=query, key=key, causal=True)
         seen = self._seen_part(query, key)
         if seen == 0.0:
             return None
-        return Tile(rows=rows, columns=columns, mask=None if seen == 1.0 else self._mask(query, key))
+        return Tile(
+            rows=rows, columns=columns, query=query, key=key, mask=None if seen == 1.0 else self._mask(query, key)
+        )
 
     def _seen_part(self, query: slice, key: slice) -> float:
         """Of all pairs of a tile."""

@@ -1,24 +1,34 @@
 """Gradient accumulation: the micro-batches of a step, one after the other."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from hashlib import blake2b
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from paceline.models.chance import stream_seed
 from paceline.objectives.base import Batch, Objective, logits_of
 from paceline.objectives.vocabulary import gather_logits
+from paceline.parallel.dropout import Dropout
 
 
 class Accumulate:
     """Runs micro-batches forward and backward so that their gradients add up to that of the whole batch."""
 
-    def __init__(self, model: nn.Module, objective: Objective, *, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        seed: int,
+        device: torch.device,
+        dropout: Dropout | None = None,
+    ) -> None:
         self._model = model
         self._objective = objective
         self._seed = seed
         self._device = device
+        self._dropout = dropout
 
     def run(self, batches: Sequence[Batch], *, step: int, scale: float, expect: Callable[[bool], None]) -> float:
         """Add ``scale`` times the gradient of the summed loss to the parameters' gradients; returns the summed loss.
@@ -27,9 +37,10 @@ class Accumulate:
         """
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for i, batch in enumerate(batches):
-            with random_stream(self._device, self._seed, step, batch.first_sequence):
+            with random_stream(self._device, self._seed, step, batch.sequences[0]):
                 expect(i == len(batches) - 1)
-                loss = self._objective.loss(self._model, batch.to(self._device))
+                with self._dropout.drawing(step, batch) if self._dropout else nullcontext():
+                    loss = self._objective.loss(self._model, batch.to(self._device))
                 (loss * scale).backward()
             total += loss.detach()
         return float(total.item())
@@ -51,9 +62,3 @@ def random_stream(device: torch.device, *parts: object) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(stream_seed(*parts))
         yield
-
-
-def stream_seed(*parts: object) -> int:
-    """A 63-bit seed that is a function of ``parts`` alone."""
-    digest = blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

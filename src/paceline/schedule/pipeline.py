@@ -17,6 +17,7 @@ from paceline.comm.mesh import Mesh
 from paceline.errors import PacelineError, PlanError
 from paceline.objectives.base import Batch, Objective, logits_of
 from paceline.objectives.vocabulary import gather_logits
+from paceline.parallel.dropout import Dropout
 from paceline.parallel.slots import StageOutput
 from paceline.parallel.stages import Stages
 from paceline.plan.stages import KINDS
@@ -33,7 +34,16 @@ MOST_KNOWN = 4096
 class Pipelined:
     """A step's micro-batches, forward and backward through the stages of all ranks of a pipeline."""
 
-    def __init__(self, stages: Stages, mesh: Mesh, objective: Objective, *, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        stages: Stages,
+        mesh: Mesh,
+        objective: Objective,
+        *,
+        seed: int,
+        device: torch.device,
+        dropout: Dropout | None = None,
+    ) -> None:
         self._stages = stages
         self._model = stages.model
         self._axis = mesh.pipeline
@@ -41,7 +51,7 @@ class Pipelined:
         self._device = device
         self._shapes = Shapes()
         self._known: dict[Signature, tuple[Wires, ...]] = {}
-        self._step = Step(stages=stages, objective=objective, seed=seed, device=device)
+        self._step = Step(stages=stages, objective=objective, seed=seed, device=device, dropout=dropout)
         self._schedules: dict[int, Any] = {}
 
     def run(self, batches: Sequence[Batch], *, step: int, scale: float, expect: Callable[[bool], None]) -> float:

@@ -5,6 +5,7 @@ its own, which lives as long as it is needed.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.pipelining import PipelineStage
 from paceline.comm.mesh import Axis
 from paceline.errors import TrainError
 from paceline.objectives.base import Batch, Objective
+from paceline.parallel.dropout import Dropout
 from paceline.parallel.slots import StageOutput
 from paceline.parallel.stages import Stages
 from paceline.schedule.accumulate import random_stream
@@ -25,11 +27,18 @@ from paceline.schedule.split import input_half
 class Step:
     """What this rank's stages work on in one step."""
 
-    def __init__(self, *, stages: Stages, objective: Objective, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, *, stages: Stages, objective: Objective, seed: int, device: torch.device, dropout: Dropout | None
+    ) -> None:
         self.stages = stages
         self.objective = objective
         self.seed = seed
         self.device = device
+        self.dropout = dropout
+        order = stages.slots.order or ()
+        self._begun = {
+            stage: dropout.calls_before(order, stages.spans[stage].first) if dropout else {} for stage in stages.own
+        }
         self.batches: Sequence[Batch] = ()
         self._wires: Sequence[tuple[Wires, ...]] = ()
 
@@ -55,7 +64,8 @@ class Step:
         """What a stage hands on, or the loss, scaled, if it is the last."""
         batch = self.batches[micro_batch]
         with (
-            random_stream(self.device, self.seed, self.number, batch.first_sequence, stage),
+            random_stream(self.device, self.seed, self.number, batch.sequences[0], stage),
+            self.dropout.drawing(self.number, batch, self._begun[stage]) if self.dropout else nullcontext(),
             self.stages.at(stage, received),
         ):
             try:

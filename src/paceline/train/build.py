@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from paceline.comm.mesh import Mesh
+from paceline.comm.mesh import Axis, Mesh
 from paceline.config import LayoutConfig
 from paceline.errors import PlanError
 from paceline.objectives.base import Batch, Objective, ObjectiveContext, ObjectiveOptions
@@ -14,7 +14,8 @@ from paceline.optim.base import OptimizerConfig
 from paceline.parallel.compiled import compile_blocks
 from paceline.parallel.context import cut_context
 from paceline.parallel.context_check import check_context
-from paceline.parallel.dropout import dropouts
+from paceline.parallel.dropout import Dropout
+from paceline.parallel.dropout_places import find_places
 from paceline.parallel.held import Held
 from paceline.parallel.precision import Masters
 from paceline.parallel.recompute import recompute_full
@@ -47,6 +48,8 @@ class Built:
     schedule: Schedule
     split: Callable[[Batch], Batch]
     """This rank's part of a micro-batch."""
+    by_chance: str | None = None
+    """What of the model is random other than by step, sequence and position; None if nothing."""
 
 
 def build(
@@ -66,7 +69,17 @@ def build(
 
     All ranks of a replica call this together. Raises ``PlanError`` for what this model or these passes cannot do.
     """
-    _refuse_dropout(model, mesh)
+    places = find_places(model, goal.sample)
+    dropout = None
+    if places.unknown is not None:
+        _refuse_chance(places.unknown, mesh)
+    elif places.dimensions:
+        if compiled:
+            raise PlanError(
+                f"train.compile=true with dropout (in {next(iter(places.calls)) or 'the model'}) is not built. Set the "
+                "model's dropouts to 0, or use train.compile=false"
+            )
+        dropout = Dropout(places, seed=seed, tensor=mesh.tensor, sequence=layout.sequence)
     cuts_parameters = [axis for axis in (mesh.shard, mesh.context, mesh.tensor) if axis.size > 1]
     if cuts_parameters and not optimizer.is_elementwise:
         axis = cuts_parameters[0]
@@ -83,12 +96,14 @@ def build(
         stages = cut_stages(model, mesh, schedule=layout.schedule, sample=goal.sample)
         model, held = stages.model, stages.held
     if mesh.tensor.size > 1:
-        held = _merged(held, cut_tensor(model, mesh, sequence=layout.sequence))
+        held = _merged(held, cut_tensor(model, mesh, sequence=layout.sequence), mesh.tensor)
     if mesh.context.size > 1:
-        context = cut_context(model, mesh, attention=layout.attention)
+        context = cut_context(model, mesh, attention=layout.attention, dropout=dropout)
+    if dropout is not None:
+        dropout.install(model)
     model.to(device).train()
     if layout.recompute == "full":
-        recompute_full(model)
+        recompute_full(model, dropout)
     if compiled:
         compile_blocks(model)
     states: States = (
@@ -105,10 +120,11 @@ def build(
             elsewhere=whole - _state_names(model),
             reports=stages is None or stages.has_loss,
         ),
-        schedule=Accumulate(model, goal.objective, seed=seed, device=device)
+        schedule=Accumulate(model, goal.objective, seed=seed, device=device, dropout=dropout)
         if stages is None
-        else Pipelined(stages, mesh, goal.objective, seed=seed, device=device),
+        else Pipelined(stages, mesh, goal.objective, seed=seed, device=device, dropout=dropout),
         split=context.split if context is not None else lambda batch: batch,
+        by_chance=places.unknown,
     )
 
 
@@ -118,20 +134,22 @@ def _state_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in model.named_parameters()) | buffers
 
 
-def _refuse_dropout(model: nn.Module, mesh: Mesh) -> None:
-    """Ranks that compute parts of one sequence would have to draw parts of one mask."""
+def _refuse_chance(unknown: str, mesh: Mesh) -> None:
+    """Ranks that compute parts of one sequence would have to draw parts of what one process draws."""
     axes = [axis for axis in (mesh.tensor, mesh.context, mesh.pipeline) if axis.size > 1]
-    if axes and (found := dropouts(model)):
-        name, probability = next(iter(found.items()))
+    if axes:
         raise PlanError(
-            f"layout.{axes[0].name}={axes[0].size} with dropout ({name}={probability}) is not built: its masks would "
-            "differ from those of one process. Set the model's dropouts to 0, or use shard and replicas"
+            f"layout.{axes[0].name}={axes[0].size}: {unknown}, so that its ranks would not compute what one process "
+            "does. Switch that off in the model's config, or use shard and replicas"
         )
 
 
-def _merged(first: Mapping[str, Held], then: Mapping[str, Held]) -> dict[str, Held]:
-    """What two passes say of the same parameters, the second of what the first left."""
-    merged = {**first, **then}
+def _merged(first: Mapping[str, Held], then: Mapping[str, Held], axis: Axis) -> dict[str, Held]:
+    """What two passes say of the same parameters, the second of what the first left.
+
+    Of what only the first speaks of, all ranks of the second's ``axis`` hold the same, and one counts it.
+    """
+    merged = {name: replace(own, is_owner=own.is_owner and axis.index == 0) for name, own in first.items()} | {**then}
     for name in first.keys() & then.keys():
         one, other = first[name], then[name]
         if one.summed_over is not None and other.summed_over is not None:

@@ -8,7 +8,6 @@ import yaml
 
 from paceline.config import strategy_name
 from paceline.errors import TrainError
-from paceline.parallel.dropout import dropouts
 from paceline.plan.model import FLOPS_FORMULA
 from paceline.track import RunInfo, Tracker, open_trackers
 from paceline.train.assemble import Parts
@@ -48,10 +47,10 @@ def _warnings(parts: Parts) -> Iterator[str]:
         )
     if parts.loader.warning:
         yield parts.loader.warning
-    if dropouts(parts.built.model):
+    if parts.built.by_chance:
         yield (
-            "this model has dropout: its masks follow from seed, step and micro-batch, so in this version another "
-            "batch.micro or number of replicas draws other ones"
+            f"{parts.built.by_chance}: what it draws follows from seed, step and micro-batch, so another batch.micro "
+            "or number of replicas draws something else"
         )
 
 

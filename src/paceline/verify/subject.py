@@ -1,6 +1,5 @@
 """What is verified: the user's model, made small unless asked otherwise, on rows that show what is often wrong."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ class Subject:
         assert isinstance(config.objective, ObjectiveOptions)
         source = ModelSource.of(config.model, config.objective.head)
         defaults = source.hugging_face_config().to_dict()
-        changes = no_dropout(defaults) if full else no_dropout(defaults) | small_sizes(defaults)
+        changes = {} if full else small_sizes(defaults)
         written = source.settings if source.folder is None or full else defaults
         source = replace(source, settings={**written, **changes}, folder=source.folder if full else None)
         if source.vocabulary is None:
@@ -133,8 +132,3 @@ class TrialRows:
         if sequence < self.subject.shuffled:
             rng.shuffle(tokens)
         return Row(sequence, tokens, starts, weight=0.0 if index % 4 == 1 else 1.0)
-
-
-def no_dropout(config: Mapping[str, Any]) -> dict[str, float]:
-    """What switches off every dropout of a config."""
-    return {key: 0.0 for key, value in config.items() if isinstance(value, float) and value > 0 and "drop" in key}
