@@ -15,6 +15,7 @@ from paceline.parallel.compiled import compile_blocks
 from paceline.parallel.context import cut_context
 from paceline.parallel.context_check import check_context
 from paceline.parallel.dropout import dropouts
+from paceline.parallel.expert import check_experts, cut_experts
 from paceline.parallel.held import Held
 from paceline.parallel.precision import Masters
 from paceline.parallel.recompute import recompute_full
@@ -79,20 +80,27 @@ def build(
     stages = context = None
     if mesh.context.size > 1:
         check_context(model, goal.options, goal.context, attention=layout.attention, size=mesh.context.size)
+    if mesh.expert.size > 1:
+        check_experts(model, mesh)
     if mesh.pipeline.size > 1:
         stages = cut_stages(model, mesh, schedule=layout.schedule, sample=goal.sample)
-        model, held = stages.model, stages.held
+        model, held = stages.model, dict(stages.held)
     if mesh.tensor.size > 1:
         held = _merged(held, cut_tensor(model, mesh, sequence=layout.sequence))
     if mesh.context.size > 1:
         context = cut_context(model, mesh, attention=layout.attention)
+    dealt = cut_experts(model, mesh, held)
+    held |= dealt
     model.to(device).train()
     if layout.recompute == "full":
         recompute_full(model)
     if compiled:
         compile_blocks(model)
+    experts = tuple(dict.fromkeys(name.rpartition(".")[0] for name in dealt))
     states: States = (
-        Masters(model, dtype) if mesh.states_mesh is None else ShardedStates(model, mesh, dtype, zero=layout.zero)
+        Masters(model, dtype)
+        if mesh.states_mesh is None
+        else ShardedStates(model, mesh, dtype, zero=layout.zero, experts=experts)
     )
     own = frozenset(name for name, _ in model.named_parameters())
     return Built(
