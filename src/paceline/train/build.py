@@ -11,6 +11,7 @@ from paceline.config import LayoutConfig
 from paceline.errors import PlanError
 from paceline.objectives.base import Batch, Objective, ObjectiveContext, ObjectiveOptions
 from paceline.optim.base import OptimizerConfig
+from paceline.parallel.balance import balanced, check_routers
 from paceline.parallel.compiled import compile_blocks
 from paceline.parallel.context import cut_context
 from paceline.parallel.context_check import check_context
@@ -78,6 +79,7 @@ def build(
     whole = frozenset(name for name, _ in model.named_parameters())
     held: dict[str, Held] = {}
     stages = context = None
+    objective = balanced(model, goal.objective, goal.sample, mesh, sequence=layout.sequence)
     if mesh.context.size > 1:
         check_context(model, goal.options, goal.context, attention=layout.attention, size=mesh.context.size)
     if mesh.expert.size > 1:
@@ -87,6 +89,7 @@ def build(
         model, held = stages.model, dict(stages.held)
     if mesh.tensor.size > 1:
         held = _merged(held, cut_tensor(model, mesh, sequence=layout.sequence))
+        check_routers(objective, model, held, mesh)
     if mesh.context.size > 1:
         context = cut_context(model, mesh, attention=layout.attention)
     dealt = cut_experts(model, mesh, held)
@@ -114,9 +117,9 @@ def build(
             elsewhere=whole - own,
             reports=stages is None or stages.has_loss,
         ),
-        schedule=Accumulate(model, goal.objective, seed=seed, device=device)
+        schedule=Accumulate(model, objective, seed=seed, device=device)
         if stages is None
-        else Pipelined(stages, mesh, goal.objective, seed=seed, device=device),
+        else Pipelined(stages, mesh, objective, seed=seed, device=device),
         split=context.split if context is not None else lambda batch: batch,
     )
 
