@@ -9,7 +9,7 @@ get the axis's group.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -160,8 +160,8 @@ class Mesh:
     def alone(cls) -> Self:
         """Of a replica of one rank."""
         tally = Tally()
-        axes = {name: Axis(name=name, tally=tally) for name in (*AXES, "states", "world")}
-        return cls(**axes, states_mesh=None, tally=tally)
+        axes = {name: Axis(name=name, tally=tally) for name in (*AXES, "states", "world", "expert", "expert_states")}
+        return cls(**axes, states_mesh=None, expert_states_mesh=None, tally=tally)
 
     @classmethod
     def make(cls, grid: Grid, rank: int, device_type: str) -> Self:
@@ -178,20 +178,17 @@ class Mesh:
         axes = {name: axis(name, getattr(place, name), getattr(grid, name), full.get_group(name)) for name in names}
         index = place.shard * grid.context + place.context
         assert dist.group.WORLD is not None
-        mesh = cls(
+        axes["states"] = axis("states", index, states.size(), states.get_group())
+        axes["world"] = axis("world", rank, grid.ranks, dist.group.WORLD)
+        shared = None
+        if grid.expert > 1:
+            both = states._unflatten(0, (grid.states // grid.expert, grid.expert), ("expert_states", "expert"))
+            own, shared = both["expert"], both["expert_states"]
+            axes["expert"] = axis("expert", place.expert, own.size(), own.get_group())
+            axes["expert_states"] = axis("expert_states", index // grid.expert, shared.size(), shared.get_group())
+        return cls(
             **axes,
-            states=axis("states", index, states.size(), states.get_group()),
-            world=axis("world", rank, grid.ranks, dist.group.WORLD),
             states_mesh=states if states.size() > 1 else None,
-            tally=tally,
-        )
-        if grid.expert == 1:
-            return mesh
-        experts = states._unflatten(0, (grid.states // grid.expert, grid.expert), ("expert_states", "expert"))
-        shared, own = experts["expert_states"], experts["expert"]
-        return replace(
-            mesh,
-            expert=axis("expert", place.expert, own.size(), own.get_group()),
-            expert_states=axis("expert_states", index // grid.expert, shared.size(), shared.get_group()),
             expert_states_mesh=shared,
+            tally=tally,
         )

@@ -69,7 +69,8 @@ def first_token(config: Any) -> int | None:
 
 def known_keys(config_class: Any) -> set[str]:
     """What a family's config reads: its fields, their aliases, and older spellings that it still translates."""
-    keys = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    keys = {field.name for field in dataclasses.fields(config_class)}
+    keys |= {name for pair in config_class.attribute_map.items() for name in pair}
     keys |= {name for name, _ in inspect.getmembers(config_class, lambda member: isinstance(member, property))}
     for base in config_class.__mro__:
         if "__post_init__" in vars(base):

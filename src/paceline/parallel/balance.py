@@ -50,8 +50,8 @@ def balanced(model: nn.Module, objective: Objective, sample: Batch, mesh: Mesh, 
         return objective
     if mesh.pipeline.size > 1:
         raise PlanError(
-            f"layout.pipeline={mesh.pipeline.size}: output_router_logits=true adds a loss that takes the routers of all "
-            "blocks together, which no stage has. Use output_router_logits=false, or pipeline=1"
+            f"layout.pipeline={mesh.pipeline.size}: output_router_logits=true adds a loss that takes the routers of "
+            "all blocks together, which no stage has. Use output_router_logits=false, or pipeline=1"
         )
     hugging_face: Any = model
     balance = Balance(
@@ -136,7 +136,8 @@ class Balanced:
     @contextmanager
     def _watching(self) -> Iterator[list[Tensor]]:
         """Blocks that are computed again in the backward pass are so outside of it, and count once."""
-        self._seen = seen = []
+        seen: list[Tensor] = []
+        self._seen = seen
         try:
             yield seen
         finally:
@@ -192,9 +193,11 @@ def _find_outlets(model: nn.Module, sample: Batch, balance: Balance) -> list[Out
     labels_BS = torch.zeros_like(sample.labels[:1])
     ours = replace(balance, coefficient=1.0, context=Axis(name="context"), sequence=Axis(name="tensor"))
     loss = float(ours.loss(logits, labels_BS) / labels_BS.numel())
-    if not abs(loss - float(expected)) <= NEAR * abs(float(expected)) or any(id(tensor) not in outlets for tensor in logits):
+    if not abs(loss - float(expected)) <= NEAR * abs(float(expected)) or any(
+        id(tensor) not in outlets for tensor in logits
+    ):
         raise PlanError(
-            f"output_router_logits=true: the balance loss of {name} is {float(expected):.6g} where that of its routers' "
-            f"probabilities is {loss:.6g}, so it is another one than paceline has. Use output_router_logits=false"
+            f"output_router_logits=true: the balance loss of {name} is {float(expected):.6g}, not the {loss:.6g} that "
+            "follow from its routers' probabilities, so it is another one. Use output_router_logits=false"
         )
     return [outlets[id(tensor)] for tensor in logits]

@@ -64,10 +64,11 @@ class Grid:
         """The grid a layout asks for; ``PlanError`` if experts cannot be dealt out evenly."""
         states = layout.shard * layout.context
         if states % layout.expert:
+            shard = -(-layout.shard // layout.expert) * layout.expert
             raise PlanError(
                 f"layout.expert={layout.expert} does not divide the {states} ranks of shard={layout.shard} x "
-                f"context={layout.context} that the experts are dealt out to. Use expert="
-                f"{nearest_divisor(layout.expert, states)}, or shard={-(-layout.shard // layout.expert) * layout.expert}"
+                f"context={layout.context} that experts are dealt out to. Use expert="
+                f"{nearest_divisor(layout.expert, states)}, or shard={shard}"
             )
         return cls(
             pipeline=layout.pipeline,

@@ -83,7 +83,7 @@ def build(
     if mesh.context.size > 1:
         check_context(model, goal.options, goal.context, attention=layout.attention, size=mesh.context.size)
     if mesh.expert.size > 1:
-        check_experts(model, mesh)
+        check_experts(model, goal.sample, mesh)
     if mesh.pipeline.size > 1:
         stages = cut_stages(model, mesh, schedule=layout.schedule, sample=goal.sample)
         model, held = stages.model, dict(stages.held)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paceline.checkpoint import Block, Checkpoint, Kind, Rule, TensorState, tensor_state
-from paceline.parallel.held import Cut, Held
+from paceline.parallel.held import Cut
 from paceline.sync.base import Sync
 from paceline.train.replica import ModuleReplica
 

@@ -18,6 +18,7 @@ def in_double() -> Iterator[None]:
     with (
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
         mock.patch.object(torch.Tensor, "to", _wide(torch.Tensor.to)),
+        mock.patch.object(torch.Tensor, "type", _wide(torch.Tensor.type)),
         mock.patch.object(torch.Tensor, "softmax", _wide(torch.Tensor.softmax)),
         mock.patch.object(torch, "softmax", _wide(torch.softmax)),
         mock.patch.object(functional, "softmax", _wide(functional.softmax)),
