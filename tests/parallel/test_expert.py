@@ -13,7 +13,8 @@ from paceline.parallel.held import take
 from paceline.parallel.recompute import recompute_full
 from paceline.parallel.tensor import cut_tensor
 from paceline.plan.layout import Grid
-from parallel.tensor_models import FAMILIES, GROUPED, SHAPE, InDouble, batch_of, build, norm
+from paceline.verify.double import in_double
+from parallel.tensor_models import FAMILIES, GROUPED, SHAPE, batch_of, build, norm
 from tolerances import FP64_EQUAL
 
 LAYERS, TOKENS, WIDTH, CHOICES, EXPERTS = 2, 12, 32, 2, 4
@@ -21,7 +22,7 @@ LAYERS, TOKENS, WIDTH, CHOICES, EXPERTS = 2, 12, 32, 2, 4
 
 def rows(batch, index):
     """One row of a batch."""
-    inputs = {name: value[index : index + 1] for name, value in batch.inputs.items()}
+    inputs = {"input_ids": batch.inputs["input_ids"][index : index + 1], "use_cache": False}
     return Batch(inputs=inputs, labels=batch.labels[index : index + 1], count=0, first_sequence=index)
 
 
@@ -34,7 +35,7 @@ def first_experts_only(model):
 
 def compare(member, family, starved, recompute):
     """What differs most on this rank, which has one of two rows, from one process with both."""
-    with InDouble(), replica(member, Grid(shard=member.size, expert=member.size)) as mesh:
+    with in_double(), replica(member, Grid(shard=member.size, expert=member.size)) as mesh:
         whole, model = build(family), build(family)
         if starved:
             first_experts_only(whole)
@@ -101,7 +102,9 @@ def test_collectives_and_their_bytes(pool):
             assert forward[0][place] == 3 and backward[0][place] == 2
         there_and_back = [sum(way[1][place] for way in ways) for ways in zip(*results, strict=True)]
         assert there_and_back == [2 * (2 * row_bytes + EXPERTS * 8), 2 * 2 * row_bytes]
-    assert all(sum(calls.values()) == n * LAYERS for ways in results for (calls, _), n in zip(ways, (3, 2), strict=True))
+    assert all(
+        sum(calls.values()) == n * LAYERS for ways in results for (calls, _), n in zip(ways, (3, 2), strict=True)
+    )
 
 
 def in_bf16(member):
