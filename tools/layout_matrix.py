@@ -135,7 +135,9 @@ def main() -> None:
     rows = list(prove(families))
     wrong = [f"{family} {row.text()}" for family, row in rows if not row.is_good]
     if given.check:
-        wrong += differences([(family, row) for family, row in rows if row.layout in {c.name for c in cases("mixtral")}])
+        wrong += differences(
+            [(family, row) for family, row in rows if row.layout in {c.name for c in cases("mixtral")}]
+        )
     elif not wrong and not given.family:
         PAGE.write_text(page(rows, families))
     if wrong:

@@ -196,12 +196,6 @@ def test_patterns_come_before_the_rules_of_a_family():
             r"layers.0.attention does not say how many heads it has",
         ),
         (lambda: build("llama"), 3, {}, r"=3 does not divide the 4 attention heads of .*self_attn. Use one of 1, 2, 4"),
-        (
-            lambda: build("mixtral", output_router_logits=True),
-            2,
-            {"sequence": True},
-            r"output_router_logits=true adds a loss that is no sum over positions",
-        ),
         (lambda: build("albert"), 2, {"sequence": True}, r"attention adds its hidden states to its output"),
         (
             lambda: build("llama"),
