@@ -14,7 +14,7 @@ from pathlib import Path
 
 from paceline.config import Config
 from paceline.models.tiny import DROPOUTS, TINY
-from paceline.verify.cases import SINGLE, TOGETHER, Case, parse
+from paceline.verify.cases import MIXTURE, SINGLE, TOGETHER, Case, parse
 from paceline.verify.run import Row, Trial
 from paceline.workers.pool import Pool
 
@@ -59,6 +59,7 @@ FAMILIES = {
     "olmo": Family("olmo", FIVE),
     "phi3": Family("phi3", FIVE, isolated=True),
     "mixtral": Family("mixtral", FIVE),
+    "qwen3_moe": Family("qwen3_moe", {**FIVE, "output_router_logits": True, "router_aux_loss_coef": 0.5}),
     "bert": Family("bert", FIVE, drops_out=True),
     "albert": Family("albert", FIVE, drops_out=True),
     "t5": Family("t5", {"num_layers": 2}, drops_out=True),
@@ -74,15 +75,22 @@ of SGD in fp64, held the same losses, gradients and parameters on every rank as 
 and continued the same run. The batch, the vocabulary, the blocks and the lengths of the rows divide by no number of
 ranks; two key/value heads meet up to four tensor ranks; some rows, and so some micro-batches, have no target. GPT-2,
 GPT-NeoX, BERT, ALBERT and T5 drop out a tenth wherever they can; in `llama, untied`, `qwen3` and `phi3` rows hold
-isolated documents, which cross the borders of context ranks. `refused` comes with the number of a reason below.
+isolated documents, which cross the borders of context ranks; `qwen3_moe` learns with its balance loss. `refused` comes
+with the number of a reason below.
 [What the comparison is](../guides/layouts.md#verify).
 """
 
 
 def cases(family: str) -> list[Case]:
-    """Llama gets all pairs as well."""
-    several = [*parse("; ".join((*SINGLE, *TOGETHER))), *(parse("pairs") if family == "llama" else [])]
+    """Mixtures get those with experts, Llama all pairs as well."""
+    is_mixture = any("experts" in key for key in TINY[FAMILIES[family].name][1])
+    several = [*parse("; ".join((*SINGLE, *TOGETHER, *(MIXTURE if is_mixture else ())))), *pairs(family)]
     return [case for case in {case.name: case for case in several}.values() if case.ranks <= RANKS]
+
+
+def pairs(family: str) -> list[Case]:
+    """Every two together."""
+    return parse("pairs") if family == "llama" else []
 
 
 def prove(families: list[str]) -> Iterator[tuple[str, Row]]:
@@ -101,22 +109,24 @@ def page(rows: list[tuple[str, Row]], families: list[str]) -> str:
     reasons = list(dict.fromkeys(row.reason for _, row in rows if row.verdict == "refused"))
     cells = {(family, row.layout): row for family, row in rows}
     counts = {verdict: sum(row.verdict == verdict for _, row in rows) for verdict in ("equal", "refused")}
-    common = [case.name for case in parse("; ".join((*SINGLE, *TOGETHER))) if case.ranks <= RANKS]
+    common = [case.name for case in parse("; ".join((*SINGLE, *TOGETHER, *MIXTURE))) if case.ranks <= RANKS]
     lines = [INTRODUCTION, f"{counts['equal']} cells are proven, {counts['refused']} refused, none is wrong.", ""]
     lines += [f"| layout | {' | '.join(families)} |", "| --- |" + " --- |" * len(families)]
     for name in common:
-        lines.append(f"| `{name}` | {' | '.join(mark(cells[family, name], reasons) for family in families)} |")
-    pairs = [row for family, row in rows if family == "llama" and row.layout not in common]
+        lines.append(f"| `{name}` | {' | '.join(mark(cells.get((family, name)), reasons) for family in families)} |")
+    paired = [row for family, row in rows if family == "llama" and row.layout not in common]
     lines += ["", "## Every two together, on Llama", "", "| layouts | | layouts | |", "| --- | --- | --- | --- |"]
-    for first, second in zip(pairs[::2], [*pairs[1::2], None], strict=False):
+    for first, second in zip(paired[::2], [*paired[1::2], None], strict=False):
         right = f"`{second.layout}` | {mark(second, reasons)}" if second else " | "
         lines.append(f"| `{first.layout}` | {mark(first, reasons)} | {right} |")
     lines += ["", "## Why refused", "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, start=1)), ""]
     return "\n".join(lines)
 
 
-def mark(row: Row, reasons: list[str]) -> str:
-    """What a cell says."""
+def mark(row: Row | None, reasons: list[str]) -> str:
+    """What a cell says; nothing of what only mixtures of experts are tried under."""
+    if row is None:
+        return ""
     return (
         f"refused {reasons.index(row.reason) + 1}" if row.verdict == "refused" else MARKS.get(row.verdict, row.verdict)
     )

@@ -135,7 +135,7 @@ class LayoutConfig(Options):
     attention: Literal["ring", "ulysses"] = "ring"
     """How ``context`` ranks attend: keys and values go round, or heads are dealt out."""
     expert: Count = 1
-    """Ranks that share the experts of a mixture; only 1 in this version."""
+    """How many of the ``shard`` and ``context`` ranks share the experts of a mixture; it adds no ranks."""
     recompute: Literal["none", "full"] = "none"
     """Activation recompute: ``full`` keeps only the input of each block and computes the rest again in the backward."""
 

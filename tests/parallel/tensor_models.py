@@ -150,8 +150,8 @@ def compare_in_double(member, family, tokens, sequence, changes, attention):
             gradient, reference, part = parameter.grad, expected[name].grad, held.get(name)
             if part is not None and part.summed_over is not None:
                 gradient = part.summed_over.all_reduce(gradient.clone())
-            if part is not None and part.dim is not None:
-                reference = take(reference, part.dim, part.runs, parameter.shape[part.dim])
+            for cut in part.cuts if part is not None else ():
+                reference = take(reference, cut.dim, cut.runs, parameter.shape[cut.dim])
             errors[name] = float(norm(gradient - reference) / torch.maximum(norm(expected[name].grad), floor))
             if part.is_owner if part is not None else mesh.tensor.index == 0:
                 squares += norm(gradient) ** 2

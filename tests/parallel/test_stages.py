@@ -256,11 +256,6 @@ def test_blocks_skipped_at_random_are_refused():
         cut(build("opt", 4, layerdrop=0.1))
 
 
-def test_a_loss_over_all_routers_is_refused():
-    with pytest.raises(PlanError, match=r"output_router_logits=true"):
-        cut(build("mixtral", 4, output_router_logits=True))
-
-
 class Fickle(Plain):
     """Leaves its last block out if it is told to."""
 

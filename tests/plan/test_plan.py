@@ -41,17 +41,32 @@ def test_places_fill_the_grid_with_tensor_fastest():
     assert places[6].pipeline == 1 and grid.cuts(7) == [("pipeline", 1, 2), ("shard", 0, 3), ("tensor", 1, 2)]
 
 
-def test_experts_cannot_be_cut_yet():
-    assert Grid.of(LayoutConfig(shard=2, tensor=3)).ranks == 6
-    with pytest.raises(PlanError, match=r"layout\.expert=2"):
-        Grid.of(LayoutConfig(expert=2))
+def test_experts_are_dealt_out_to_neighbours_in_shard_and_context():
+    grid = Grid.of(LayoutConfig(shard=2, context=2, tensor=2, expert=2))
+    assert grid.ranks == 8 and grid.states == 4
+    assert [grid.place(rank).expert for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert grid.cuts(7)[-1] == ("expert", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"expert": 2}, "the 1 ranks of shard=1 x context=1 that experts are dealt out to. Use expert=1, or shard=2"),
+        ({"expert": 2, "shard": 3}, "Use expert=3, or shard=4"),
+        ({"expert": 4, "shard": 2, "context": 3}, "Use expert=3, or shard=4"),
+    ],
+)
+def test_experts_that_cannot_be_dealt_out_are_refused_with_the_nearest_number(sizes, expected):
+    with pytest.raises(PlanError) as error:
+        Grid.of(LayoutConfig(**sizes))
+    assert expected in str(error.value)
 
 
 ONE = Grid()
 
 
-def memory(precision="bf16", grid=ONE, zero=3, recompute="none"):
-    model = ModelSizes(parameters=1000, trainable=1000, layers=2, width=8, vocabulary=50)
+def memory(precision="bf16", grid=ONE, zero=3, recompute="none", experts=0):
+    model = ModelSizes(parameters=1000, trainable=1000, experts=experts, layers=2, width=8, vocabulary=50)
     batch = plan_batch(BatchConfig(sequences=2 * grid.shard, sequence_tokens=16), grid.shard)
     return rank_memory(
         model,
@@ -80,6 +95,14 @@ def test_memory_of_shards_follows_what_zero_shares():
     assert (third.compute_weights, second.compute_weights) == (2 * 500, 2 * 1000), "a block, and the whole"
     assert second.gradients == 1000 and first.gradients == 4000
     assert memory("fp32", Grid(tensor=2)).states == 16 * 500
+
+
+def test_memory_of_experts_that_are_dealt_out():
+    """A rank gathers, and before they are summed has gradients of, its own experts alone: 200 + 800 / 4."""
+    whole, dealt = (memory(grid=Grid(shard=4, expert=n), zero=1, experts=800) for n in (1, 4))
+    assert (whole.compute_weights, dealt.compute_weights) == (2 * 1000, 2 * 400)
+    assert (whole.gradients, dealt.gradients) == (4 * 1000, 4 * 400)
+    assert (dealt.master_weights, dealt.optimizer) == (whole.master_weights, whole.optimizer) == (1000, 2000)
 
 
 def test_flops_do_not_count_a_table_that_is_only_looked_up():

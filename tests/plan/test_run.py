@@ -42,6 +42,7 @@ def test_micro_stays_as_the_config_says():
         ({"sequence": True}, "layout.sequence=true"),
         ({"pipeline": 2, "schedule": "zbv", "shard": 2}, "zero=2"),
         ({"expert": 2}, "layout.expert=2"),
+        ({"shard": 2, "expert": 2, "compiled": True}, "train.compile=true with layout.expert=2"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, expected):

@@ -7,7 +7,7 @@ from paceline.checkpoint import Checkpointer, LocalExchange, tensor_state
 from paceline.config import Config
 from paceline.errors import ConfigError
 from paceline.models.tiny import DROPOUTS, TINY
-from paceline.verify.cases import parse
+from paceline.verify.cases import MIXTURE, parse
 from paceline.verify.compare import bounds_of, compare_saved
 from paceline.verify.routing import compare_routes, narrowest
 from paceline.verify.run import Trial
@@ -38,6 +38,7 @@ def llama(pool):
     ("words", "expected"),
     [
         ("expert=2", "layout.expert=2"),
+        ("shard=2,expert=2", "LlamaForCausalLM has no module of experts"),
         ("shard=2,pipeline=2,schedule=zbv", "Use zero=2"),
         ("tensor=3", "attention heads"),
         ("pipeline=2,schedule=none", "layout.schedule='none'"),
@@ -47,6 +48,48 @@ def test_what_cannot_be_is_refused_with_the_reason(llama, words, expected):
     (case,) = parse(words)
     row = llama.judge(case)
     assert row.verdict == "refused" and expected in row.reason
+
+
+def four_ranks(words):
+    """Cases for the pool of four."""
+    return [case.name for case in parse("; ".join(words)) if case.ranks <= 4]
+
+
+@pytest.fixture(scope="module")
+def mixtral(pool):
+    with Trial(config("mixtral", num_hidden_layers=4, vocab_size=131), pool) as trial:
+        yield trial
+
+
+@pytest.mark.parametrize("words", four_ranks(MIXTURE))
+def test_experts(mixtral, words):
+    (case,) = parse(words)
+    row = mixtral.judge(case)
+    assert row.verdict == "equal", row.text()
+
+
+@pytest.fixture(scope="module")
+def mixture_in_balance(pool):
+    with Trial(config("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.5), pool) as trial:
+        yield trial
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "accumulate=3",
+        "replicas=2,shard=2",
+        "context=2",
+        "tensor=2",
+        "tensor=2,sequence=true",
+        "shard=2,expert=2,recompute=full",
+        "context=2,tensor=2,sequence=true,expert=2",
+    ],
+)
+def test_the_balance_loss(mixture_in_balance, words):
+    (case,) = parse(words)
+    row = mixture_in_balance.judge(case)
+    assert row.verdict == "equal", row.text()
 
 
 def test_bf16_is_judged_by_a_bound_that_can_fail(pool):

@@ -1,12 +1,14 @@
 """The axes over which one replica's computation is cut, and the collectives along them.
 
 The ranks of a replica are the points of a grid: pipeline x shard x context x tensor, the last one fastest. An axis is
-the line of ranks through this one along which only one coordinate changes. Every collective a layout pass starts is a
-method of an axis and is tallied there; FSDP2 and the pipeline schedules, which start their own, get the axis's group.
+the line of ranks through this one along which only one coordinate changes. Shard and context together are the axis
+``states``, which ``expert`` and ``expert_states`` see as a grid of their own, ``expert`` fastest. Every collective a
+layout pass starts is a method of an axis and is tallied there; FSDP2 and the pipeline schedules, which start their own,
+get the axis's group.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -87,6 +89,18 @@ class Axis:
         dist.all_to_all_single(received, pieces, group=self.group)
         return torch.cat(received.unbind(0), join)
 
+    def exchange_rows(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], *, where: str = "") -> Tensor:
+        """Send the first ``sent[0]`` rows to rank 0, the next to rank 1, ...; what comes in, in the order of ranks.
+
+        ``received`` says how many come from each, and may be 0 for all.
+        """
+        if self.size == 1:
+            return rows
+        self.tally.add("all_to_all", self.name, where, rows.nbytes)
+        own = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(own, rows.contiguous(), list(received), list(sent), group=self.group)
+        return own
+
     def rotate(self, tensor: Tensor, *, where: str = "") -> Callable[[], Tensor]:
         """Start sending ``tensor`` to the next rank of the ring; the result waits for that of the one before."""
         if self.size == 1:
@@ -135,13 +149,19 @@ class Mesh:
     states_mesh: DeviceMesh | None
     """For FSDP2; None where ``states`` is one rank."""
     tally: Tally
+    expert: Axis = field(default_factory=lambda: Axis(name="expert"))
+    """Neighbours on ``states`` that hold different experts, which all of them together hold once."""
+    expert_states: Axis = field(default_factory=lambda: Axis(name="expert_states"))
+    """The ranks on ``states`` that share the states of the same experts."""
+    expert_states_mesh: DeviceMesh | None = None
+    """For FSDP2; None where experts are not dealt out."""
 
     @classmethod
     def alone(cls) -> Self:
         """Of a replica of one rank."""
         tally = Tally()
-        axes = {name: Axis(name=name, tally=tally) for name in (*AXES, "states", "world")}
-        return cls(**axes, states_mesh=None, tally=tally)
+        axes = {name: Axis(name=name, tally=tally) for name in (*AXES, "states", "world", "expert", "expert_states")}
+        return cls(**axes, states_mesh=None, expert_states_mesh=None, tally=tally)
 
     @classmethod
     def make(cls, grid: Grid, rank: int, device_type: str) -> Self:
@@ -158,10 +178,17 @@ class Mesh:
         axes = {name: axis(name, getattr(place, name), getattr(grid, name), full.get_group(name)) for name in names}
         index = place.shard * grid.context + place.context
         assert dist.group.WORLD is not None
+        axes["states"] = axis("states", index, states.size(), states.get_group())
+        axes["world"] = axis("world", rank, grid.ranks, dist.group.WORLD)
+        shared = None
+        if grid.expert > 1:
+            both = states._unflatten(0, (grid.states // grid.expert, grid.expert), ("expert_states", "expert"))
+            own, shared = both["expert"], both["expert_states"]
+            axes["expert"] = axis("expert", place.expert, own.size(), own.get_group())
+            axes["expert_states"] = axis("expert_states", index // grid.expert, shared.size(), shared.get_group())
         return cls(
             **axes,
-            states=axis("states", index, states.size(), states.get_group()),
-            world=axis("world", rank, grid.ranks, dist.group.WORLD),
             states_mesh=states if states.size() > 1 else None,
+            expert_states_mesh=shared,
             tally=tally,
         )

@@ -19,6 +19,7 @@ _ENCODER: dict[str, Any] = {**_DECODER, "hidden_dropout_prob": 0.0, "attention_p
 _GPT2: dict[str, Any] = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _T5: dict[str, Any] = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 _GROUPED = {"num_key_value_heads": 2}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 TINY: dict[str, tuple[Head, dict[str, Any]]] = {
     "llama": ("causal", {**_DECODER, **_GROUPED, "model_type": "llama"}),
@@ -30,6 +31,7 @@ TINY: dict[str, tuple[Head, dict[str, Any]]] = {
     "gpt_neox": ("causal", {**_DECODER, "model_type": "gpt_neox"}),
     "olmo": ("causal", {**_DECODER, "model_type": "olmo"}),
     "mixtral": ("causal", {**_DECODER, **_GROUPED, "model_type": "mixtral", "num_local_experts": 4}),
+    "qwen3_moe": ("causal", {**_DECODER, **_GROUPED, **_MOE, "model_type": "qwen3_moe"}),
     "phi3": ("causal", {**_DECODER, **_GROUPED, "model_type": "phi3"}),
     "bert": ("masked", {**_ENCODER, "model_type": "bert"}),
     "albert": ("masked", {**_ENCODER, "model_type": "albert", "embedding_size": 16}),

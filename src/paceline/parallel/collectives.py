@@ -8,8 +8,10 @@ gather_equal     piece              pieces come together, and all ranks compute 
 piece            gather_equal       all ranks hold the whole, and go on with their own piece
 reduce_scatter   all_gather         the parts of a sum come together, and each rank goes on with its own piece
 all_to_all       all_to_all         cut along one dimension instead of another
+exchange_rows    exchange_rows      every row goes to the rank that computes with it, and its gradient comes back
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +53,11 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, *, where: str = "") -> Tenso
 def all_to_all(x: Tensor, axis: Axis, cut: int, join: int, *, where: str = "") -> Tensor:
     """From the whole of dimension ``cut`` and a piece of ``join`` to a piece of ``cut`` and the whole of ``join``."""
     return x if axis.size == 1 else _AllToAll.apply(x, axis, cut, join, where)  # type: ignore[no-untyped-call]
+
+
+def exchange_rows(x: Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int], *, where: str = "") -> Tensor:
+    """Rows sent to each rank, the first to rank 0; those received, in the order of ranks. Any number may be 0."""
+    return x if axis.size == 1 else _ExchangeRows.apply(x, axis, sent, received, where)  # type: ignore[no-untyped-call]
 
 
 class _Copy(Function):
@@ -127,3 +134,14 @@ class _AllToAll(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         return ctx.axis.all_to_all(grad, ctx.join, ctx.cut, where=ctx.where), None, None, None, None
+
+
+class _ExchangeRows(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int], where: str) -> Tensor:
+        ctx.axis, ctx.sent, ctx.received, ctx.where = axis, sent, received, where
+        return axis.exchange_rows(x, sent, received, where=where)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.axis.exchange_rows(grad, ctx.received, ctx.sent, where=ctx.where), None, None, None, None

@@ -1,6 +1,6 @@
 """How a rank holds a parameter that is not whole, or not alone, on it.
 
-A pass that cuts parameters (tensor, pipeline) replaces each by a plain parameter of the same name that holds this
+A pass that cuts parameters (tensor, expert) replaces each by a plain parameter of the same name that holds this
 rank's part, and says so by one ``Held``. Sharding over ``states`` comes after, and cuts what is left along its first
 dimension. A parameter of which a pass says nothing is whole, and every rank of the axis computes its whole gradient.
 """
@@ -22,15 +22,21 @@ class Run:
     inner: int
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A dimension of which a rank holds only some runs; its other local rows are padding: zero, without a gradient."""
+
+    dim: int
+    runs: tuple[Run, ...]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Held:
     """One parameter as this rank holds it, before it is sharded over ``states``."""
 
     full_shape: tuple[int, ...]
-    dim: int | None = None
-    """The dimension along which it is cut; None if it is whole."""
-    runs: tuple[Run, ...] = ()
-    """Of the cut dimension; rows of the local tensor in no run are padding: zero, and without a gradient."""
+    cuts: tuple[Cut, ...] = ()
+    """Of different dimensions; empty if it is whole."""
     summed_over: Axis | None = None
     """Every rank of this axis computes a part of the gradient of the same values: at the end of a step the parts are
     added up. None where each rank has the whole gradient of what it holds."""

@@ -9,7 +9,7 @@ keeps the fp32 masters itself, each rank its rows, and computes with a bf16 copy
     3      sharded              sharded                           a block at a time
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,10 @@ from paceline.parallel.precision import OnGradient
 class ShardedStates:
     """A model whose parameters are DTensors, each rank with its rows; the counterpart of ``precision.Masters``."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, zero: int) -> None:
+    def __init__(
+        self, model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, zero: int, experts: Collection[str] = ()
+    ) -> None:
+        """``experts`` are the modules that other ranks of ``mesh.states`` have other parameters of."""
         master = {torch.promote_types(p.dtype, torch.float32) for p in model.parameters()}
         if len(master) != 1:
             raise PlanError(
@@ -36,7 +39,7 @@ class ShardedStates:
         (master_dtype,) = master
         model.to(master_dtype)
         self._zero = zero
-        self._modules = _shard(model, mesh, None if dtype == master_dtype else dtype, master_dtype, zero)
+        self._modules = _shard(model, mesh, None if dtype == master_dtype else dtype, master_dtype, zero, experts)
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
@@ -59,23 +62,35 @@ class ShardedStates:
 
 
 def _shard(
-    model: nn.Module, mesh: Mesh, compute: torch.dtype | None, master: torch.dtype, zero: int
+    model: nn.Module,
+    mesh: Mesh,
+    compute: torch.dtype | None,
+    master: torch.dtype,
+    zero: int,
+    experts: Collection[str],
 ) -> list[FSDPModule]:
-    """Every block is a group of its own, the rest is the root's, which comes last in what is returned."""
+    """Every block is a group of its own, and so are experts; the rest is the root's, the last of what is returned.
+
+    The ranks that exchange tokens with each other hold different experts, and each has the gradient of all their
+    tokens. So states of experts are shared, and gradients summed, over the ranks that hold the same ones alone.
+    """
     inner = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     outer = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=True)
-    found = blocks(model)
+    dealt, found = {name: model.get_submodule(name) for name in experts}, blocks(model)
+    for module in dealt.values():  # those inside come first: a group takes what has none yet
+        fully_shard(module, mesh=mesh.expert_states_mesh, mp_policy=inner, reshard_after_forward=zero == 3)
     for block in found.values():
         fully_shard(block, mesh=mesh.states_mesh, mp_policy=inner, reshard_after_forward=zero == 3)
     # The root's weights are wanted again at once: its last layer is the first of the backward pass.
     fully_shard(model, mesh=mesh.states_mesh, mp_policy=outer, reshard_after_forward=False)
-    modules: dict[str, Any] = {**found, "the rest": model}
+    modules: dict[str, Any] = {**dealt, **found, "the rest": model}
     assert sum(isinstance(module, FSDPModule) for module in model.modules()) == len(modules)
     for name, module in modules.items():  # the setters are not recursive
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        module.set_custom_all_gather(_AllGather(mesh.states, name))
-        module.set_custom_reduce_scatter(_ReduceScatter(mesh.states, name))
+        axis = mesh.expert_states if name in dealt else mesh.states
+        module.set_custom_all_gather(_AllGather(axis, name))
+        module.set_custom_reduce_scatter(_ReduceScatter(axis, name))
     return list(modules.values())
 
 

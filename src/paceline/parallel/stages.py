@@ -106,11 +106,6 @@ def _refuse(model: nn.Module, size: int) -> None:
     for key, value in settings.items():
         if "layerdrop" in key and isinstance(value, float) and value > 0:
             raise PlanError(f"layout.pipeline={size}: {key}={value} skips blocks at random. Use {key}=0, or pipeline=1")
-    if settings.get("output_router_logits"):
-        raise PlanError(
-            f"layout.pipeline={size}: output_router_logits=true adds a loss over the routers of all blocks, which no "
-            "stage has. Use output_router_logits=false, or pipeline=1"
-        )
 
 
 def _keep_own(model: nn.Module, slots: Slots, plan: Schedule, measured: Measured, mesh: Mesh) -> Stages:

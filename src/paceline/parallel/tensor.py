@@ -137,11 +137,6 @@ class _Cutter:
 
     def cut_sequence(self) -> None:
         """Cut the hidden states between the regions of every stack of blocks that has some."""
-        if getattr(self._config, "output_router_logits", False):
-            raise PlanError(
-                "layout.sequence=true: output_router_logits=true adds a loss that is no sum over positions, of which a "
-                "router sees only some. Use sequence=false, or output_router_logits=false"
-            )
         for name in self._entrances:
             if self._styles.get(name) == "lone_column" and self._is_attention(parent_of(name)):
                 raise PlanError(

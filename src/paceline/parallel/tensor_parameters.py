@@ -6,7 +6,7 @@ from torch import nn
 
 from paceline.comm.mesh import Axis
 from paceline.errors import PlanError
-from paceline.parallel.held import Held, Run, cut_runs, take
+from paceline.parallel.held import Cut, Held, Run, cut_runs, take
 
 
 class Parameters:
@@ -65,7 +65,7 @@ class Parameters:
         name, full = self.name(module, key), module.get_parameter(key)
         dim %= full.ndim
         local = nn.Parameter(take(full.detach(), dim, runs, size), requires_grad=full.requires_grad)
-        self._record(name, Held(full_shape=tuple(full.shape), dim=dim, runs=tuple(runs)))
+        self._record(name, Held(full_shape=tuple(full.shape), cuts=(Cut(dim, tuple(runs)),)))
         for place, place_key in self._places[name]:
             setattr(place, place_key, local)
         return size

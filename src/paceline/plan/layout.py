@@ -8,6 +8,7 @@ from paceline.config import LayoutConfig
 from paceline.errors import PlanError
 
 AXES = ("pipeline", "shard", "context", "tensor")
+"""Those that ranks are counted by; ``expert`` deals the experts of a mixture out to the ranks of shard x context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +19,26 @@ class Place:
     shard: int
     context: int
     tensor: int
+    expert: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The sizes of a replica's axes. Ranks are numbered with ``tensor`` fastest: it talks the most."""
+    """The sizes of a replica's axes. Ranks are numbered with ``tensor`` fastest: it talks the most.
+
+    Neighbours in shard x context hold different experts; every ``expert`` ranks there hold all of them once.
+    """
 
     pipeline: int = 1
     shard: int = 1
     context: int = 1
     tensor: int = 1
+    expert: int = 1
+
+    @property
+    def states(self) -> int:
+        """Ranks that share the states of what they compute with."""
+        return self.shard * self.context
 
     @property
     def ranks(self) -> int:
@@ -40,18 +51,35 @@ class Grid:
         rest, tensor = divmod(rank, self.tensor)
         rest, context = divmod(rest, self.context)
         pipeline, shard = divmod(rest, self.shard)
-        return Place(pipeline=pipeline, shard=shard, context=context, tensor=tensor)
+        expert = (shard * self.context + context) % self.expert
+        return Place(pipeline=pipeline, shard=shard, context=context, tensor=tensor, expert=expert)
 
     def cuts(self, rank: int) -> list[tuple[str, int, int]]:
         """Axis, coordinate and size for each axis of more than one rank."""
         place = self.place(rank)
-        return [(axis, getattr(place, axis), size) for axis in AXES if (size := getattr(self, axis)) > 1]
+        return [(axis, getattr(place, axis), size) for axis in (*AXES, "expert") if (size := getattr(self, axis)) > 1]
 
     @classmethod
     def of(cls, layout: LayoutConfig) -> Self:
-        """The grid a layout asks for; ``PlanError`` for an axis that cannot be cut yet."""
-        if layout.expert > 1:
+        """The grid a layout asks for; ``PlanError`` if experts cannot be dealt out evenly."""
+        states = layout.shard * layout.context
+        if states % layout.expert:
+            shard = -(-layout.shard // layout.expert) * layout.expert
             raise PlanError(
-                f"layout.expert={layout.expert}: this version keeps all experts of a rank's shard together. Use 1"
+                f"layout.expert={layout.expert} does not divide the {states} ranks of shard={layout.shard} x "
+                f"context={layout.context} that experts are dealt out to. Use expert="
+                f"{nearest_divisor(layout.expert, states)}, or shard={shard}"
             )
-        return cls(pipeline=layout.pipeline, shard=layout.shard, context=layout.context, tensor=layout.tensor)
+        return cls(
+            pipeline=layout.pipeline,
+            shard=layout.shard,
+            context=layout.context,
+            tensor=layout.tensor,
+            expert=layout.expert,
+        )
+
+
+def nearest_divisor(wanted: int, *numbers: int) -> int:
+    """The number nearest to ``wanted`` that divides all ``numbers``."""
+    common = math.gcd(*numbers)
+    return min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: (abs(n - wanted), -n))

@@ -44,7 +44,8 @@ def rank_memory(
 ) -> RankMemory:
     """Memory of one rank of a replica, were all cuts even.
 
-    States are exact up to what does not divide, and to the one block at a time that ZeRO 3 gathers. Activations: 34
+    States are exact up to what does not divide, and to the one block at a time that ZeRO 3 gathers. Experts count as
+    chosen evenly. Activations: 34
     bytes a token and unit of width in a block at 2 bytes a value, 2 with full recompute (Korthikanti et al., arXiv
     2205.05198, table 2); the first of P stages keeps P micro-batches. Logits: their own dtype, and as much again for
     the gradient.
@@ -54,14 +55,16 @@ def rank_memory(
     per_unit = 2 if recompute == "full" else 34
     cut, sharded = grid.pipeline * grid.tensor, grid.shard * grid.context
     states = cut * sharded
-    block = model.parameters // max(1, model.layers) // grid.tensor
+    used = model.parameters - model.experts + model.experts // grid.expert
+    block = used // max(1, model.layers) // grid.tensor
     separate = precision == "bf16" or sharded > 1
-    computed = (model.parameters // cut if sharded == 1 or zero < 3 else block) if separate else 0
+    computed = (used // cut if sharded == 1 or zero < 3 else block) if separate else 0
+    learned = model.trainable * used // max(1, model.parameters)
     blocks = -(-model.layers // grid.pipeline) * min(grid.pipeline, batch.micro_batches)
     return RankMemory(
         master_weights=4 * model.parameters // states,
         compute_weights=value_bytes * computed,
-        gradients=4 * model.trainable // (cut if zero == 1 else states),
+        gradients=4 * learned // cut if zero == 1 else 4 * model.trainable // states,
         optimizer=4 * state_per_parameter * model.trainable // states,
         sync=sync_bytes,
         activations_estimate=tokens * model.width * blocks * per_unit * value_bytes // 2 // grid.tensor,

@@ -13,6 +13,8 @@ class ModelSizes:
     trainable: int
     lookup_parameters: int = 0
     """Of an input embedding that is not also the output head: read, never multiplied."""
+    experts: int = 0
+    """Parameters of modules of experts, which ``layout.expert`` deals out."""
     tensors: int = 0
     layers: int = 0
     width: int = 0

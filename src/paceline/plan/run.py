@@ -14,7 +14,7 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
     data_parallel = config.replicas * grid.shard
     batch = plan_batch(_with_micro(config.batch, config, data_parallel), data_parallel)
     check_schedule(layout, batch, compiled=config.train.compile)
-    cut = [axis for axis in ("tensor", "pipeline", "context") if getattr(layout, axis) > 1]
+    cut = [axis for axis in ("tensor", "pipeline", "context", "expert") if getattr(layout, axis) > 1]
     if config.train.compile and cut:
         raise PlanError(
             f"train.compile=true with layout.{cut[0]}={getattr(layout, cut[0])} is not built: blocks that exchange "

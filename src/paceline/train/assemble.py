@@ -29,6 +29,7 @@ from paceline.objectives.base import Objective, ObjectiveContext, ObjectiveOptio
 from paceline.objectives.isolation import check_isolation
 from paceline.optim.base import OptimizerConfig, ScheduleConfig
 from paceline.parallel.blocks import blocks
+from paceline.parallel.expert import find_experts
 from paceline.plan.batch import BatchPlan
 from paceline.plan.model import ModelSizes
 from paceline.plan.run import plan_run
@@ -250,6 +251,7 @@ def model_sizes(model: nn.Module, vocabulary: int) -> ModelSizes:
         parameters=sum(info.numel for info in infos),
         trainable=sum(info.numel for info in infos if info.trainable),
         lookup_parameters=table.numel() if lookup_only and table is not None else 0,
+        experts=sum(p.numel() for module in find_experts(model).values() for p in module.parameters()),
         tensors=len(infos),
         layers=len(blocks(model)),
         width=getattr(text, "hidden_size", 0) or 0,

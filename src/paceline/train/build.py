@@ -11,11 +11,13 @@ from paceline.config import LayoutConfig
 from paceline.errors import PlanError
 from paceline.objectives.base import Batch, Objective, ObjectiveContext, ObjectiveOptions
 from paceline.optim.base import OptimizerConfig
+from paceline.parallel.balance import balanced, check_routers
 from paceline.parallel.compiled import compile_blocks
 from paceline.parallel.context import cut_context
 from paceline.parallel.context_check import check_context
 from paceline.parallel.dropout import Dropout
 from paceline.parallel.dropout_places import find_places
+from paceline.parallel.expert import check_experts, cut_experts
 from paceline.parallel.held import Held
 from paceline.parallel.precision import Masters
 from paceline.parallel.recompute import recompute_full
@@ -90,15 +92,21 @@ def build(
     whole = _state_names(model)
     held: dict[str, Held] = {}
     stages = context = None
+    objective = balanced(model, goal.objective, goal.sample, mesh, sequence=layout.sequence)
     if mesh.context.size > 1:
         check_context(model, goal.options, goal.context, attention=layout.attention, size=mesh.context.size)
+    if mesh.expert.size > 1:
+        check_experts(model, goal.sample, mesh)
     if mesh.pipeline.size > 1:
         stages = cut_stages(model, mesh, schedule=layout.schedule, sample=goal.sample)
-        model, held = stages.model, stages.held
+        model, held = stages.model, dict(stages.held)
     if mesh.tensor.size > 1:
         held = _merged(held, cut_tensor(model, mesh, sequence=layout.sequence), mesh.tensor)
+        check_routers(objective, model, held, mesh)
     if mesh.context.size > 1:
         context = cut_context(model, mesh, attention=layout.attention, dropout=dropout)
+    dealt = cut_experts(model, mesh, held)
+    held |= dealt
     if dropout is not None:
         dropout.install(model)
     model.to(device).train()
@@ -106,8 +114,11 @@ def build(
         recompute_full(model, dropout)
     if compiled:
         compile_blocks(model)
+    experts = tuple(dict.fromkeys(name.rpartition(".")[0] for name in dealt))
     states: States = (
-        Masters(model, dtype) if mesh.states_mesh is None else ShardedStates(model, mesh, dtype, zero=layout.zero)
+        Masters(model, dtype)
+        if mesh.states_mesh is None
+        else ShardedStates(model, mesh, dtype, zero=layout.zero, experts=experts)
     )
     return Built(
         model=model,
@@ -120,9 +131,9 @@ def build(
             elsewhere=whole - _state_names(model),
             reports=stages is None or stages.has_loss,
         ),
-        schedule=Accumulate(model, goal.objective, seed=seed, device=device, dropout=dropout)
+        schedule=Accumulate(model, objective, seed=seed, device=device, dropout=dropout)
         if stages is None
-        else Pipelined(stages, mesh, goal.objective, seed=seed, device=device, dropout=dropout),
+        else Pipelined(stages, mesh, objective, seed=seed, device=device, dropout=dropout),
         split=context.split if context is not None else lambda batch: batch,
         by_chance=places.unknown,
     )

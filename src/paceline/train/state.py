@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paceline.checkpoint import Block, Checkpoint, Kind, Rule, TensorState, tensor_state
-from paceline.parallel.held import Held
+from paceline.parallel.held import Cut
 from paceline.sync.base import Sync
 from paceline.train.replica import ModuleReplica
 
@@ -83,17 +83,17 @@ def part_of(tensor: Tensor, name: str, replica: ModuleReplica) -> TensorState:
     if held is None:
         return tensor_state(tensor, holder=(tensor_axis.index, tensor_axis.size))
     state = tensor_state(tensor)
-    return replace(state, full_shape=held.full_shape, blocks=tuple(_in_full(state.blocks, held)))
+    blocks = state.blocks
+    for cut in held.cuts:
+        blocks = tuple(_in_full(blocks, cut))
+    return replace(state, full_shape=held.full_shape, blocks=blocks)
 
 
-def _in_full(blocks: tuple[Block, ...], held: Held) -> Iterator[Block]:
-    """Blocks of the part that this rank's ranks share out, as blocks of the full tensor; padding is in none."""
-    if held.dim is None:
-        yield from blocks
-        return
-    dim = held.dim
+def _in_full(blocks: tuple[Block, ...], cut: Cut) -> Iterator[Block]:
+    """Blocks of a tensor that is cut along a dimension, as blocks of the tensor before the cut; padding is in none."""
+    dim = cut.dim
     for block in blocks:
-        for run in held.runs:
+        for run in cut.runs:
             first = max(block.start[dim], run.inner)
             last = min(block.start[dim] + block.shape[dim], run.inner + run.size)
             if first < last:
@@ -116,7 +116,7 @@ def _stage_holder(replica: ModuleReplica) -> tuple[int, int]:
 
 def _scalar_holder(name: str, replica: ModuleReplica) -> tuple[int, int]:
     held = replica.held.get(name)
-    if held is not None and held.dim is None:  # of copies only the owner saves
+    if held is not None and not held.cuts:  # of copies only the owner saves
         return replica.mesh.states.index, replica.mesh.states.size
     return _stage_holder(replica)
 

@@ -62,6 +62,21 @@ TOGETHER = (
 )
 """Triples and quadruples that people use."""
 
+MIXTURE = (
+    "shard=2,expert=2",
+    "context=2,expert=2",
+    "shard=4,expert=2,zero=1",
+    "shard=4,expert=2,zero=2",
+    "shard=4,expert=4",
+    "shard=2,expert=2,recompute=full,accumulate=3",
+    "replicas=2,shard=2,expert=2",
+    "shard=2,expert=2,tensor=2",
+    "shard=2,expert=2,tensor=2,sequence=true",
+    "shard=2,context=2,expert=4",
+    "pipeline=2,shard=2,expert=2,schedule=1f1b",
+    "pipeline=2,shard=2,expert=2,schedule=zbv,zero=2",
+)
+"""What mixtures of experts alone can do."""
 
 SEQUENCES = 15
 """Of a step: no number of ranks divides it, and every schedule has enough for its micro-batches."""
@@ -138,7 +153,7 @@ class Case:
 def parse(text: str) -> list[Case]:
     """``shard=2,tensor=2; pipeline=4,schedule=zbv``, ``all`` or ``pairs``; ``ConfigError`` for anything else."""
     if text == "all":
-        return [_case(words) for words in (*SINGLE, *TOGETHER)]
+        return [_case(words) for words in (*SINGLE, *TOGETHER, *MIXTURE)]
     if text == "pairs":
         return list({case.name: case for case in map(_case, _pairs())}.values())
     return [_case(words) for words in text.split(";") if words.strip()]

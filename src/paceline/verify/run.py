@@ -112,6 +112,8 @@ def verify(
         raise ConfigError(f"layouts={layouts!r} names no layout")
     rows = []
     with Pool(max(1, *(case.ranks for case in cases))) as pool, Trial(config, pool, dtype=dtype, full=full) as trial:
+        if layouts == "all" and not trial.is_mixture:
+            cases = [case for case in cases if case.layout.expert == 1]
         width = max(len(case.name) for case in cases)
         say(f"{'layout':<{width}}{HEADER}")
         for case in cases:
@@ -143,6 +145,11 @@ class Trial:
         self._exact: Trial | None = None
         if dtype == "bf16":
             self._check_bound()
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the model has experts among which tokens choose."""
+        return bool(self._own_run["routes"])
 
     def judge(self, case: Case) -> Row:
         """Train under a layout, and compare; in fp64 if rounding could change which experts are chosen."""
