@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from paceline.comm.mesh import Axis
+from paceline.parallel.kept import kept
 
 
 def copy(x: Tensor, axis: Axis, *, where: str = "") -> Tensor:
@@ -67,7 +68,7 @@ class _Copy(Function):
 class _AllReduce(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, where: str) -> Tensor:
-        return axis.all_reduce(x.contiguous().clone(), where=where)
+        return kept(lambda: axis.all_reduce(x.contiguous().clone(), where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -78,7 +79,7 @@ class _AllGather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, where: str) -> Tensor:
         ctx.axis, ctx.dim, ctx.where = axis, dim, where
-        return axis.all_gather(x, dim, where=where)
+        return kept(lambda: axis.all_gather(x, dim, where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -89,7 +90,7 @@ class _GatherEqual(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, where: str) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return axis.all_gather(x, dim, where=where)
+        return kept(lambda: axis.all_gather(x, dim, where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -111,7 +112,7 @@ class _ReduceScatter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, where: str) -> Tensor:
         ctx.axis, ctx.dim, ctx.where = axis, dim, where
-        return axis.reduce_scatter(x, dim, where=where)
+        return kept(lambda: axis.reduce_scatter(x, dim, where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -122,7 +123,7 @@ class _AllToAll(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, cut: int, join: int, where: str) -> Tensor:
         ctx.axis, ctx.cut, ctx.join, ctx.where = axis, cut, join, where
-        return axis.all_to_all(x, cut, join, where=where)
+        return kept(lambda: axis.all_to_all(x, cut, join, where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -7,6 +7,9 @@ keeps the fp32 masters itself, each rank its rows, and computes with a bf16 copy
     1      sharded              whole until the last micro-batch  whole from the forward to the backward pass
     2      sharded              sharded                           whole from the forward to the backward pass
     3      sharded              sharded                           a block at a time
+
+With ``offload`` what is sharded lies in main memory, and so do the optimizer's states and its work. Weights go to the
+device when they are gathered, gradients come back when they have been summed.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from paceline.comm.mesh import Axis, Mesh
 from paceline.errors import PlanError
@@ -26,7 +29,7 @@ from paceline.parallel.precision import OnGradient
 class ShardedStates:
     """A model whose parameters are DTensors, each rank with its rows; the counterpart of ``precision.Masters``."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, zero: int) -> None:
+    def __init__(self, model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, zero: int, offload: bool = False) -> None:
         master = {torch.promote_types(p.dtype, torch.float32) for p in model.parameters()}
         if len(master) != 1:
             raise PlanError(
@@ -36,7 +39,7 @@ class ShardedStates:
         (master_dtype,) = master
         model.to(master_dtype)
         self._zero = zero
-        self._modules = _shard(model, mesh, None if dtype == master_dtype else dtype, master_dtype, zero)
+        self._modules = _shard(model, mesh, None if dtype == master_dtype else dtype, master_dtype, zero, offload)
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
@@ -59,16 +62,22 @@ class ShardedStates:
 
 
 def _shard(
-    model: nn.Module, mesh: Mesh, compute: torch.dtype | None, master: torch.dtype, zero: int
+    model: nn.Module, mesh: Mesh, compute: torch.dtype | None, master: torch.dtype, zero: int, offload: bool
 ) -> list[FSDPModule]:
     """Every block is a group of its own, the rest is the root's, which comes last in what is returned."""
     inner = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     outer = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=True)
+    assert mesh.states_mesh is not None
+    has_device = mesh.states_mesh.device_type != "cpu"
+    shared: dict[str, Any] = {
+        "mesh": mesh.states_mesh,
+        "offload_policy": CPUOffloadPolicy(pin_memory=has_device) if offload else OffloadPolicy(),
+    }
     found = blocks(model)
     for block in found.values():
-        fully_shard(block, mesh=mesh.states_mesh, mp_policy=inner, reshard_after_forward=zero == 3)
+        fully_shard(block, mp_policy=inner, reshard_after_forward=zero == 3, **shared)
     # The root's weights are wanted again at once: its last layer is the first of the backward pass.
-    fully_shard(model, mesh=mesh.states_mesh, mp_policy=outer, reshard_after_forward=False)
+    fully_shard(model, mp_policy=outer, reshard_after_forward=False, **shared)
     modules: dict[str, Any] = {**found, "the rest": model}
     assert sum(isinstance(module, FSDPModule) for module in model.modules()) == len(modules)
     for name, module in modules.items():  # the setters are not recursive

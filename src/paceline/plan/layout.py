@@ -55,3 +55,17 @@ class Grid:
                 f"layout.expert={layout.expert}: this version keeps all experts of a rank's shard together. Use 1"
             )
         return cls(pipeline=layout.pipeline, shard=layout.shard, context=layout.context, tensor=layout.tensor)
+
+
+def check_offload(layout: LayoutConfig, replicas: int) -> None:
+    """Raise ``PlanError`` where ``offload`` has nothing to move, or where replicas would need it on the device."""
+    if layout.offload and layout.shard * layout.context == 1:
+        raise PlanError(
+            "layout.offload=true moves what ranks share to main memory, and layout.shard=1 shares nothing. Set "
+            "layout.shard, or offload=false"
+        )
+    if layout.offload and replicas > 1:
+        raise PlanError(
+            f"layout.offload=true with replicas={replicas} is not built: replicas exchange gradients on the device. "
+            f"Use replicas=1 and layout.shard={replicas * layout.shard}, or offload=false"
+        )

@@ -46,12 +46,12 @@ def rank_memory(
 
     States are exact up to what does not divide, and to the one block at a time that ZeRO 3 gathers. Activations: 34
     bytes a token and unit of width in a block at 2 bytes a value, 2 with full recompute (Korthikanti et al., arXiv
-    2205.05198, table 2); the first of P stages keeps P micro-batches. Logits: their own dtype, and as much again for
-    the gradient.
+    2205.05198, table 2), with selective recompute also the outputs of matrices and attention, 10 times the width; the
+    first of P stages keeps P micro-batches. Logits: their own dtype, and as much again for the gradient.
     """
     value_bytes = 2 if precision == "bf16" else 4
     tokens = batch.micro * batch.sequence_tokens // grid.context
-    per_unit = 2 if recompute == "full" else 34
+    per_unit = {"none": 34, "selective": 22, "full": 2}[recompute]
     cut, sharded = grid.pipeline * grid.tensor, grid.shard * grid.context
     states = cut * sharded
     block = model.parameters // max(1, model.layers) // grid.tensor

@@ -17,7 +17,7 @@ from paceline.parallel.context_check import check_context
 from paceline.parallel.dropout import dropouts
 from paceline.parallel.held import Held
 from paceline.parallel.precision import Masters
-from paceline.parallel.recompute import recompute_full
+from paceline.parallel.recompute import recompute
 from paceline.parallel.shard import ShardedStates
 from paceline.parallel.stages import cut_stages
 from paceline.parallel.tensor import cut_tensor
@@ -86,13 +86,17 @@ def build(
         held = _merged(held, cut_tensor(model, mesh, sequence=layout.sequence))
     if mesh.context.size > 1:
         context = cut_context(model, mesh, attention=layout.attention)
-    model.to(device).train()
-    if layout.recompute == "full":
-        recompute_full(model)
+    model.train()
+    if mesh.states_mesh is None:
+        model.to(device)  # sharding moves a block at a time: the device need not hold all
+    if layout.recompute != "none":
+        recompute(model, layout.recompute)
     if compiled:
         compile_blocks(model)
     states: States = (
-        Masters(model, dtype) if mesh.states_mesh is None else ShardedStates(model, mesh, dtype, zero=layout.zero)
+        Masters(model, dtype)
+        if mesh.states_mesh is None
+        else ShardedStates(model, mesh, dtype, zero=layout.zero, offload=layout.offload)
     )
     own = frozenset(name for name, _ in model.named_parameters())
     return Built(
@@ -105,6 +109,7 @@ def build(
             held=held,
             elsewhere=whole - own,
             reports=stages is None or stages.has_loss,
+            device=device,
         ),
         schedule=Accumulate(model, goal.objective, seed=seed, device=device)
         if stages is None

@@ -12,7 +12,7 @@ from paceline.config import BatchConfig, Count, LayoutConfig
 from paceline.data.rows import Row
 from paceline.errors import ConfigError, PlanError
 from paceline.plan.batch import plan_batch
-from paceline.plan.layout import AXES, Grid
+from paceline.plan.layout import AXES, Grid, check_offload
 from paceline.plan.stages import check_schedule
 
 SINGLE = (
@@ -20,6 +20,7 @@ SINGLE = (
     "shard=2,zero=1",
     "shard=2,zero=2",
     "shard=2,zero=3",
+    "shard=2,offload=true",
     "tensor=2",
     "tensor=2,sequence=true",
     "context=2,attention=ring",
@@ -31,6 +32,7 @@ SINGLE = (
     "pipeline=2,schedule=interleaved_zero_bubble,zero=2",
     "pipeline=2,schedule=zbv,zero=2",
     "pipeline=2,schedule=dualpipev,zero=2",
+    "recompute=selective",
     "recompute=full",
     "accumulate=3",
 )
@@ -45,7 +47,7 @@ TOGETHER = (
     "pipeline=4,schedule=1f1b",
     "replicas=2,shard=2,tensor=2",
     "replicas=2,tensor=2,sequence=true,recompute=full",
-    "shard=2,tensor=2,context=2",
+    "shard=2,tensor=2,context=2,recompute=selective",
     "shard=2,tensor=2,pipeline=2,zero=2,schedule=1f1b",
     "replicas=2,context=2,pipeline=2,schedule=gpipe",
     "tensor=2,context=2,pipeline=2,schedule=1f1b,accumulate=3",
@@ -81,6 +83,7 @@ class Case:
     def check(self) -> None:
         """Raise ``PlanError`` for a layout that no model can have."""
         data_parallel = self.replicas * self.grid.shard
+        check_offload(self.layout, self.replicas)
         one_each = BatchConfig(sequences=2 * self.layout.pipeline * data_parallel, sequence_tokens=1, micro=1)
         check_schedule(self.layout, plan_batch(one_each, data_parallel), compiled=False)
 
