@@ -31,3 +31,21 @@ def test_offloaded_states_learn_the_same(pool):
         assert (plain[2], offloaded[2]) == (0, len(plain[0]))
         assert plain[1] == offloaded[1] > 1.0
         assert all(torch.equal(plain[0][name], offloaded[0][name]) for name in plain[0])
+
+
+def from_16_bits(member):
+    """Dtypes before and after a model in bf16 is sharded, whether its values are the same, and whether it runs."""
+    model, whole = tiny_llama().bfloat16(), tiny_llama().bfloat16()
+    with replica(member, Grid(shard=member.size)) as mesh:
+        states = ShardedStates(model, mesh, torch.float32, zero=3)
+        equal = all(
+            torch.equal(parameter.full_tensor(), whole.get_parameter(name).float())
+            for name, parameter in states.parameters.items()
+        )
+        model(input_ids=torch.arange(12)[None], use_cache=False).logits.sum().backward()
+        dtypes = {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters()}
+        return equal, dtypes
+
+
+def test_masters_of_a_model_in_16_bits_are_fp32_and_have_its_values(pool):
+    assert pool.run(from_16_bits, 3) == [(True, {torch.float32})] * 3

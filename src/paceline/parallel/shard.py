@@ -37,9 +37,9 @@ class ShardedStates:
                 f"{', '.join(sorted(map(str, master)))}. Convert the model, or use shard=1"
             )
         (master_dtype,) = master
-        model.to(master_dtype)
         self._zero = zero
         self._modules = _shard(model, mesh, None if dtype == master_dtype else dtype, master_dtype, zero, offload)
+        model.to(master_dtype)  # now only this rank's rows: a whole model in 16 bits is never there in 32
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }

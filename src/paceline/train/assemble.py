@@ -143,7 +143,7 @@ def assemble(
         ranks=world.data_ranks,
         micro=batch.micro,
     )
-    model = source.build(config.seed) if source else module
+    model = source.build(config.seed, dtype=_dtype_to_cut(config)) if source else module
     if model is None:
         raise PlanError("there is no model: set model.config, model.preset or model.path, or pass a module")
     sizes = model_sizes(model, prepared.special.vocabulary)
@@ -192,6 +192,13 @@ def assemble(
         file_streams=order.streams if isinstance(order, FileOrder) else None,
         peak_flops_per_s=coordinates.global_ranks * matmul_flops_per_s(device, dtype),
     )
+
+
+def _dtype_to_cut(config: Config) -> torch.dtype | None:
+    """That of the model before it is cut: as stored, so that each rank reads its own part only. fp32 where the whole
+    model is first tried, which 16 bits are too coarse for."""
+    is_tried = config.layout.context > 1 or config.layout.pipeline > 1 or config.data.isolate_documents
+    return torch.float32 if is_tried else None
 
 
 def resolve_precision(asked: str, has_bf16_units: bool) -> str:
