@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from paceline import registry
 from paceline.errors import ModelError
 from paceline.objectives import head_cross_entropy
-from paceline.objectives.base import logits_of, token_loss
+from paceline.objectives.base import holds_all_logits, logits_of, token_loss
 from paceline.objectives.deferred import DeferredLogits, deferring
 
 VOCABULARY = 64
@@ -69,6 +69,7 @@ def test_a_family_that_changes_its_logits_gets_them_whole(model, batch, narrow):
     """Gemma 2 caps them: what it then gives is no longer what the head gave."""
     net, made = capped(), batch("next_token")
     assert most_rows(net, made) == made.labels.numel()
+    assert holds_all_logits(net, made) and not holds_all_logits(model("llama"), made)
     capped_logits = logits_of(net, made.inputs)
     expected = F.cross_entropy(capped_logits.flatten(0, 1), made.labels.flatten(), reduction="sum", ignore_index=-100)
     torch.testing.assert_close(token_loss(net, made), expected)

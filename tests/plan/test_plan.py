@@ -50,7 +50,7 @@ def test_experts_cannot_be_cut_yet():
 ONE = Grid()
 
 
-def memory(precision="bf16", grid=ONE, zero=3, recompute="none"):
+def memory(precision="bf16", grid=ONE, zero=3, recompute="none", logit_rows=None):
     model = ModelSizes(parameters=1000, trainable=1000, layers=2, width=8, vocabulary=50)
     batch = plan_batch(BatchConfig(sequences=2 * grid.shard, sequence_tokens=16), grid.shard)
     return rank_memory(
@@ -62,6 +62,7 @@ def memory(precision="bf16", grid=ONE, zero=3, recompute="none"):
         recompute=recompute,
         state_per_parameter=2,
         sync_bytes=0,
+        logit_rows=logit_rows,
     )
 
 
@@ -71,6 +72,18 @@ def test_memory_of_mixed_precision_is_18_bytes_a_parameter():
     assert bf16.states == 18 * 1000 and fp32.states == 16 * 1000
     assert bf16.activations_estimate == 34 * 32 * 8 * 2 and fp32.activations_estimate == 2 * bf16.activations_estimate
     assert memory(recompute="full").activations_estimate == bf16.activations_estimate // 17
+
+
+def test_selective_recompute_keeps_what_lies_between_none_and_full():
+    full, selective, none = (memory(recompute=how).activations_estimate for how in ("full", "selective", "none"))
+    assert full < selective < none
+
+
+def test_logits_are_there_at_once_or_some_rows_at_a_time():
+    """32 positions: all with their gradient; or 10 of them and their fp32 copy, and the gradient of the head."""
+    assert memory().logits_estimate == 2 * 32 * 50 * 2
+    assert memory(logit_rows=10).logits_estimate == 10 * 50 * (2 + 4) + 4 * 50 * 8
+    assert memory(logit_rows=64).logits_estimate == 32 * 50 * (2 + 4) + 4 * 50 * 8
 
 
 def test_memory_of_shards_follows_what_zero_shares():

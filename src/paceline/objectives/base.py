@@ -119,6 +119,13 @@ def token_loss(model: nn.Module, batch: Batch) -> Tensor:
     return summed_cross_entropy(logits_BSV, batch.labels, vocabulary_cut(model))
 
 
+@torch.no_grad()
+def holds_all_logits(model: nn.Module, batch: Batch) -> bool:
+    """Whether ``token_loss`` needs all logits of the batch at once: the model's output is not its head's as it is."""
+    with deferring(model):
+        return not isinstance(logits_of(model, batch.inputs), DeferredLogits)
+
+
 def logits_of(model: nn.Module, inputs: Mapping[str, Tensor | bool]) -> Tensor:
     """Call the model and return its logits (B, S, V): its output, or the ``logits`` of its output.
 

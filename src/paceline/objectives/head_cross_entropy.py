@@ -60,7 +60,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         grads = _Gradients(hidden_ND, weight_VD, bias_V, wanted, dtype)
         entries = len(weight_VD) if cut is None else cut.entries
         own_VD, own_V = weight_VD[:entries], None if bias_V is None else bias_V[:entries]
-        rows = _rows(weight_VD)
+        rows = rows_at_a_time(len(weight_VD), on_cpu=weight_VD.device.type == "cpu")
         for begin in range(0, len(targets_T), rows):
             chunk_C = targets_T[begin : begin + rows]
             hidden_CD = hidden_ND[chunk_C]
@@ -129,6 +129,6 @@ def _chunk(
     return losses_C1, grad_CV
 
 
-def _rows(weight_VD: Tensor) -> int:
-    elements = CPU_CHUNK if weight_VD.device.type == "cpu" else DEVICE_CHUNK
-    return max(LEAST_ROWS, elements // len(weight_VD))
+def rows_at_a_time(vocabulary: int, *, on_cpu: bool) -> int:
+    """Rows of a chunk, for a head of so many entries."""
+    return max(LEAST_ROWS, (CPU_CHUNK if on_cpu else DEVICE_CHUNK) // vocabulary)
