@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from mutations import MUTATIONS, Mutation
 
 from layout_matrix import FAMILIES
-from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference" / "mutants.md"
@@ -35,8 +35,7 @@ SURVIVORS = 0.05
 INTRODUCTION = """# Mistakes that verify catches
 
 Written by `make mutants`. Each is made on purpose in a copy of the package, in one line or a few; then
-[`paceline verify`](../guides/layouts.md#verify) runs on a small model. All but the last column say what is wrong, where, and
-which layout showed it.
+[`paceline verify`](../guides/layouts.md#verify) runs on a small model. `layout` is the first that was not equal.
 """
 
 
@@ -61,7 +60,9 @@ def try_one(mutation: Mutation) -> Outcome:
         path = package / mutation.path
         text = path.read_text()
         if text.count(mutation.old) != 1:
-            raise SystemExit(f"{mutation.name}: {mutation.path} has its line {text.count(mutation.old)} times, not once")
+            raise SystemExit(
+                f"{mutation.name}: {mutation.path} has its line {text.count(mutation.old)} times, not once"
+            )
         path.write_text(text.replace(mutation.old, mutation.new))
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(FAMILIES[mutation.family].config().tree()))

@@ -121,6 +121,9 @@ class LayoutConfig(Options):
     """Ranks that share the states of one replica, each with sequences of its own (ZeRO)."""
     zero: Literal[1, 2, 3] = 3
     """What ``shard`` and ``context`` ranks share: 1 the optimizer's states, 2 gradients too, 3 weights too."""
+    offload: bool = False
+    """Keep what ``shard`` and ``context`` ranks share in main memory, and update it there; the device holds what is
+    being computed with. On a machine without a device, where all is in main memory, it changes nothing."""
     tensor: Count = 1
     """Ranks that share each matrix."""
     sequence: bool = False
@@ -136,8 +139,9 @@ class LayoutConfig(Options):
     """How ``context`` ranks attend: keys and values go round, or heads are dealt out."""
     expert: Count = 1
     """How many of the ``shard`` and ``context`` ranks share the experts of a mixture; it adds no ranks."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recompute: ``full`` keeps only the input of each block and computes the rest again in the backward."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What is computed again in the backward pass: ``full`` keeps only the input of each block, ``selective`` also the
+    results of matrix products with weights, of attention and of what ranks send each other."""
 
 
 class TrainConfig(Options):

@@ -1,6 +1,7 @@
 """Weights are read from a folder exactly, or the folder is refused by name."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from paceline.config import ModelConfig
 from paceline.errors import ModelError
 from paceline.models.source import ModelSource
 from paceline.models.tiny import TINY
+from paceline.parallel.precision import Masters
 
 
 def tiny(family):
@@ -152,3 +154,70 @@ def test_an_encoder_read_as_a_causal_model_does_not_see_ahead(tmp_path):
     with torch.no_grad():
         one, two = model(input_ids=first, use_cache=False).logits, model(input_ids=second, use_cache=False).logits
     assert torch.equal(one[:, :-1], two[:, :-1])
+
+
+def mapped(tensor):
+    """The file that a tensor's memory is mapped from; None for memory of the process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return Path(line[line.index("/") :]) if "/" in line else None
+    raise LookupError(tensor.data_ptr())
+
+
+def as_stored(folder):
+    return ModelSource.of(ModelConfig(path=str(folder)), "causal").build(7, dtype=None)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16])
+def stored(request, tmp_path):
+    """A folder with weights of one dtype, its model in fp32, and the dtype."""
+    model = tiny("gemma").build(3).to(request.param)  # computes a scale of its embedding itself
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model.float(), request.param
+
+
+def test_weights_left_as_stored_are_mapped_and_cast_later_to_the_same_values(stored):
+    folder, model, dtype = stored
+    left, read_at_once = as_stored(folder), read(folder)
+    for name, parameter in left.named_parameters():
+        assert parameter.dtype == dtype and mapped(parameter) == folder / "model.safetensors", name
+    assert all(torch.equal(a, b) for a, b in zip(left.buffers(), read_at_once.buffers(), strict=True))
+    assert {buffer.dtype for buffer in left.buffers()} == {torch.float32}
+    assert same(left.float(), model)
+
+
+def test_a_step_on_mapped_weights_leaves_the_file_as_it_is(stored):
+    folder, _, _ = stored
+    before = (folder / "model.safetensors").read_bytes()
+    model = as_stored(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_learns_is_in_memory_of_its_own(stored, dtype):
+    folder, expected, _ = stored
+    model = as_stored(folder)
+    model.model.norm.weight.requires_grad_(False)
+    masters = Masters(model, dtype)
+    for parameter in (*model.parameters(), *masters.parameters.values()):
+        assert mapped(parameter) is None
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    for name, master in masters.parameters.items():
+        assert master.dtype == torch.float32 and torch.equal(master, expected.get_parameter(name))
+
+
+def test_weights_of_several_dtypes_are_read_into_fp32(folder):
+    edit(folder, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].bfloat16()}))
+    assert {p.dtype for p in as_stored(folder).parameters()} == {torch.float32}
+
+
+def test_experts_stored_one_by_one_come_together_in_the_stored_dtype(tmp_path):
+    model = tiny("mixtral").build(3).bfloat16()
+    model.save_pretrained(tmp_path)
+    assert any(".experts.1." in name for name in load_file(tmp_path / "model.safetensors"))
+    left = as_stored(tmp_path)
+    assert {p.dtype for p in left.parameters()} == {torch.bfloat16} and same(left, model)

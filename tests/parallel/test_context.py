@@ -14,7 +14,7 @@ from paceline.objectives.base import token_loss
 from paceline.parallel import visible
 from paceline.parallel.context import DOCUMENTS, cut_context
 from paceline.parallel.documents import find_documents
-from paceline.parallel.recompute import recompute_full
+from paceline.parallel.recompute import recompute
 from paceline.plan.layout import Grid
 from parallel.context_models import FAMILIES, SHAPE, build, make_batch
 from tolerances import FP64_EQUAL
@@ -61,8 +61,8 @@ def compare(member, family, attention, kind, tokens, options):
         batch = make_batch(family, kind, tokens)
         expected = gradients(model, batch)
         cut = cut_context(model, mesh, attention=attention)
-        if options.get("recompute"):
-            recompute_full(model)
+        if (how := options.get("recompute", "none")) != "none":
+            recompute(model, how)
         part = cut.split(batch)
         if "mutant" in options:
             part = replace(part, inputs=part.inputs | MUTANTS[options["mutant"]](part))
@@ -98,15 +98,15 @@ def test_the_comparison_sees_what_is_wrong(pool, mutant, attention):
         assert result["error"] > 0.01, result
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
 @pytest.mark.parametrize(("attention", "calls"), [("ring", (3, 4, 10)), ("ulysses", (2, 2, 4))])
-def test_messages_are_those_of_attention_alone(pool, attention, calls, recompute):
-    """In two layers on four ranks: forward once, or again where it is recomputed, and backward."""
+def test_messages_are_those_of_attention_alone(pool, attention, calls, how):
+    """In two layers on four ranks: forward once, or again where all is recomputed, and backward."""
     forward, backward, both = calls[0], calls[1] + (3 if attention == "ring" else 0), calls[2]
     assert forward + backward == both
-    expected = 2 * (both + forward * recompute)
+    expected = 2 * (both + forward * (how == "full"))
     kind = ("rotate" if attention == "ring" else "all_to_all", "context", "attention")
-    for result in pool.run(compare, 4, "llama", attention, "plain", 24, {"recompute": recompute}):
+    for result in pool.run(compare, 4, "llama", attention, "plain", 24, {"recompute": how}):
         assert result["calls"] == {kind: expected}
         assert result["error"] <= FP64_EQUAL, result
 

@@ -50,12 +50,12 @@ def bytes_sent(member, tokens, sequence):
     with replica(member, Grid(tensor=member.size)) as mesh:
         cut_tensor(model, mesh, sequence=sequence)
         token_loss(model, batch).backward()
-        return mesh.tally.bytes
+        return mesh.tally.bytes, batch.count
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_bytes_and_places_of_collectives(pool, sequence):
-    sent = pool.run(bytes_sent, 2, 12, sequence)[0]
+    sent, targets = pool.run(bytes_sent, 2, 12, sequence)[0]
     hidden_bytes = 2 * 12 * 32 * 8
     for layer in range(LAYERS):
         for region, way_out in (("self_attn", "o_proj"), ("mlp", "down_proj")):
@@ -67,4 +67,4 @@ def test_bytes_and_places_of_collectives(pool, sequence):
                 assert sent["reduce_scatter", "tensor", exit] == hidden_bytes
             else:
                 assert sent["all_reduce", "tensor", entrance] == sent["all_reduce", "tensor", exit] == hidden_bytes
-    assert sent["all_gather", "tensor", "cross_entropy"] == 3 * 2 * 12 * 8  # three numbers a position
+    assert sent["all_gather", "tensor", "cross_entropy"] == 3 * targets * 8  # three numbers a target

@@ -65,7 +65,7 @@ def test_experts_that_cannot_be_dealt_out_are_refused_with_the_nearest_number(si
 ONE = Grid()
 
 
-def memory(precision="bf16", grid=ONE, zero=3, recompute="none", experts=0):
+def memory(precision="bf16", grid=ONE, zero=3, recompute="none", logit_rows=None, experts=0):
     model = ModelSizes(parameters=1000, trainable=1000, experts=experts, layers=2, width=8, vocabulary=50)
     batch = plan_batch(BatchConfig(sequences=2 * grid.shard, sequence_tokens=16), grid.shard)
     return rank_memory(
@@ -77,6 +77,7 @@ def memory(precision="bf16", grid=ONE, zero=3, recompute="none", experts=0):
         recompute=recompute,
         state_per_parameter=2,
         sync_bytes=0,
+        logit_rows=logit_rows,
     )
 
 
@@ -86,6 +87,18 @@ def test_memory_of_mixed_precision_is_18_bytes_a_parameter():
     assert bf16.states == 18 * 1000 and fp32.states == 16 * 1000
     assert bf16.activations_estimate == 34 * 32 * 8 * 2 and fp32.activations_estimate == 2 * bf16.activations_estimate
     assert memory(recompute="full").activations_estimate == bf16.activations_estimate // 17
+
+
+def test_selective_recompute_keeps_what_lies_between_none_and_full():
+    full, selective, none = (memory(recompute=how).activations_estimate for how in ("full", "selective", "none"))
+    assert full < selective < none
+
+
+def test_logits_are_there_at_once_or_some_rows_at_a_time():
+    """32 positions: all with their gradient; or 10 of them and their fp32 copy, and the gradient of the head."""
+    assert memory().logits_estimate == 2 * 32 * 50 * 2
+    assert memory(logit_rows=10).logits_estimate == 10 * 50 * (2 + 4) + 4 * 50 * 8
+    assert memory(logit_rows=64).logits_estimate == 32 * 50 * (2 + 4) + 4 * 50 * 8
 
 
 def test_memory_of_shards_follows_what_zero_shares():

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 from meshes import replica
 from paceline.errors import PlanError
 from paceline.parallel.precision import Masters
-from paceline.parallel.recompute import recompute_full
+from paceline.parallel.recompute import recompute
 from paceline.parallel.shard import ShardedStates
 from paceline.parallel.stages import cut_stages
 from paceline.plan.layout import Grid
@@ -33,7 +33,7 @@ def reference(model, batches):
     return schedule.run(batches, step=1, scale=SCALE, expect=lambda last: None)
 
 
-def compare(member, family, layers, changes, schedule, count, grid, zero=None, recompute=False):
+def compare(member, family, layers, changes, schedule, count, grid, zero=None, how="none"):
     """What differs most from one process on this rank, in the second of two steps, and what was sent in it."""
     head = FAMILIES[family][0]
     whole, model = build(family, layers, **changes), build(family, layers, **changes)
@@ -42,8 +42,8 @@ def compare(member, family, layers, changes, schedule, count, grid, zero=None, r
     errors = {}
     with replica(member, Grid(**grid)) as mesh:
         stages = cut_stages(model, mesh, schedule=schedule, sample=batch_of(head, 99, 5))
-        if recompute:
-            recompute_full(model)
+        if how != "none":
+            recompute(model, how)
         sharded = ShardedStates(model, mesh, torch.float64, zero=zero) if zero else None
         runtime = Pipelined(stages, mesh, Tokens(), seed=0, device=CPU)
         for step in (1, 2):
@@ -143,9 +143,10 @@ def test_weights_given_up_before_their_gradients_are_refused(pool):
     pool.run(lost_gradients, 4)
 
 
+@pytest.mark.parametrize("how", ["selective", "full"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
-def test_recompute_in_a_stage(pool, schedule):
-    assert_equal_to_one_process(pool.run(compare, 2, "llama", 4, {}, schedule, 4, {"pipeline": 2}, None, True))
+def test_recompute_in_a_stage(pool, schedule, how):
+    assert_equal_to_one_process(pool.run(compare, 2, "llama", 4, {}, schedule, 4, {"pipeline": 2}, None, how))
 
 
 def test_only_hidden_states_and_their_gradients_are_sent(pool):

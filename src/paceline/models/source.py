@@ -151,10 +151,13 @@ class ModelSource:
             ) from error
         return model.train()  # type: ignore[no-any-return]
 
-    def build(self, seed: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    def build(
+        self, seed: int, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    ) -> nn.Module:
         """The model with its values, in training mode: weights of the folder, else a function of (seed, name) alone.
 
         Values are made or read in fp32 on the CPU, then parameters are rounded to ``dtype``; buffers stay as they are.
+        None leaves the weights of a folder in the dtype in which they are stored: they are then mapped, not read.
         Raises ``ModelError`` as ``meta`` does, or if the folder's weights do not fit.
         """
         if self.folder is None:
@@ -163,9 +166,11 @@ class ModelSource:
         else:
             require_head(self.family, self.head)
             config = self.hugging_face_config()
-            model = load(self.folder, self.head, config, seed=seed, attention=self._attention())
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            as_stored = dtype is None
+            model = load(self.folder, self.head, config, seed=seed, attention=self._attention(), as_stored=as_stored)
+        if dtype is not None:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
         return model.to(device)
 
     def _attention(self) -> str | None:

@@ -1,11 +1,22 @@
-"""Read the weights of a pretrained model from its folder, and refuse what does not fit."""
+"""Read the weights of a pretrained model from its folder, and refuse what does not fit.
 
+Weights that stay in the dtype in which they are stored are not read but mapped: a page of the file is read when it is
+looked at, is shared by all processes of the machine, and copied when it is written to (the file is never). So a rank
+that cuts its own part out of a mapped model never holds more than that part. Families whose tensors are stored in
+another form (experts one by one) get new ones, as transformers makes them.
+"""
+
+import json
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from paceline.errors import ModelError
@@ -16,14 +27,21 @@ from paceline.models.quiet import quiet
 log = logging.getLogger(__name__)
 
 
-def load(folder: Path, head: Head, config: Any, *, seed: int, attention: str | None) -> nn.Module:
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load(
+    folder: Path, head: Head, config: Any, *, seed: int, attention: str | None, as_stored: bool = False
+) -> nn.Module:
     """The model of ``folder`` with its weights as fp32 on the CPU, whatever precision they are stored in.
 
-    A head that the folder does not hold (a base model) is filled by (seed, name), and a warning says so. Raises
+    ``as_stored`` leaves parameters in the dtype of the folder's tensors where they all have one; buffers are fp32. A
+    head that the folder does not hold (a base model) is filled by (seed, name), and a warning says so. Raises
     ``ModelError`` if the body is not complete, if the folder holds layers the model does not have, if shapes differ, or
     if a file is damaged.
     """
-    with quiet():
+    stored = stored_dtype(folder) if as_stored else None
+    with quiet(), _in_dtype(stored):
         try:
             model, report = auto_class(head).from_pretrained(
                 folder,
@@ -50,6 +68,42 @@ def load(folder: Path, head: Head, config: Any, *, seed: int, attention: str | N
         _judge(model, folder, missing, unexpected)
         initialise_missing(model, seed, missing)
     return model.train()  # type: ignore[no-any-return]
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of all floating-point tensors in a folder's safetensors files; None where they have several."""
+    found = set()
+    for path in _files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except Exception:  # a damaged file, of which ``load`` tells
+            return None
+    dtypes = [STORED[name] for name in found if name in STORED]
+    return dtypes[0] if len(dtypes) == 1 else None
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+@contextmanager
+def _in_dtype(stored: torch.dtype | None) -> Iterator[None]:
+    """Transformers loads parameters, and only these, in this dtype. Its own option would also round what a family
+    computes itself (embedding scales, tables of positions)."""
+    if stored is None:
+        yield
+        return
+    from transformers import PreTrainedModel
+
+    def plan(model: nn.Module, _: torch.dtype) -> dict[str, torch.dtype]:
+        return {f"^{re.escape(name)}$": stored for name, p in model.named_parameters() if p.is_floating_point()}
+
+    with mock.patch.object(PreTrainedModel, "_get_dtype_plan", plan):
+        yield
 
 
 def _judge(model: Any, folder: Path, missing: list[str], unexpected: list[str]) -> None:

@@ -24,6 +24,8 @@ from paceline.data.tokenizer import SpecialTokens
 from paceline.errors import ModelError
 from paceline.models.heads import Head
 from paceline.objectives.cross_entropy import NO_TARGET, summed_cross_entropy
+from paceline.objectives.deferred import DeferredLogits, deferring
+from paceline.objectives.head_cross_entropy import head_cross_entropy
 from paceline.objectives.vocabulary import vocabulary_cut
 
 Arrays = dict[str, NDArray[Any] | bool]
@@ -103,16 +105,27 @@ class ObjectiveOptions(Options):
 def token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Summed cross-entropy of the model's logits at all targets of the batch: scalar fp32.
 
-    Where the model's vocabulary is cut over ranks, each has the logits of its own entries, and all get the same sum.
+    Where the logits are what the model's linear head gives, no more than a chunk of them is ever there. Where the
+    model's vocabulary is cut over ranks, each has the logits of its own entries, and all get the same sum.
     Raises ``ModelError`` if the model does not take the batch's inputs or gives no (B, S, V) logits.
     """
-    logits_BSV = logits_of(model, batch.inputs)
+    with deferring(model):
+        logits_BSV = logits_of(model, batch.inputs)
     if logits_BSV.shape[:-1] != batch.labels.shape:
         raise ModelError(
             f"{type(model).__name__} gave logits of shape {tuple(logits_BSV.shape)}; expected "
             f"({', '.join(str(size) for size in batch.labels.shape)}, vocabulary)"
         )
+    if isinstance(logits_BSV, DeferredLogits):
+        return head_cross_entropy(*logits_BSV.parts(), batch.labels, vocabulary_cut(model))
     return summed_cross_entropy(logits_BSV, batch.labels, vocabulary_cut(model))
+
+
+@torch.no_grad()
+def holds_all_logits(model: nn.Module, batch: Batch) -> bool:
+    """Whether ``token_loss`` needs all logits of the batch at once: the model's output is not its head's as it is."""
+    with deferring(model):
+        return not isinstance(logits_of(model, batch.inputs), DeferredLogits)
 
 
 def logits_of(model: nn.Module, inputs: Mapping[str, Tensor | bool]) -> Tensor:

@@ -50,7 +50,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             greatest_N1, probability_N1 = _greatest(logits_NV)
             losses_N1 = greatest_N1 - probability_N1.log() - logits_NV.gather(1, labels_N1)
         else:
-            greatest_N1, sum_N1, target_N1 = _over_ranks(logits_NV[:, : cut.entries], labels_N1, cut)
+            greatest_N1, sum_N1, target_N1 = over_ranks(logits_NV[:, : cut.entries], labels_N1, cut)
             ctx.save_for_backward(logits_NV, labels_N1, has_target_N1, greatest_N1, sum_N1)
             losses_N1 = greatest_N1 - target_N1 + sum_N1.log()
         return losses_N1.masked_fill_(~has_target_N1, 0.0).sum()
@@ -92,7 +92,7 @@ def _gradient(logits_NV: Tensor, labels_N1: Tensor, grad_total: Tensor) -> Tenso
     return grad_NV
 
 
-def _over_ranks(logits_NV: Tensor, labels_N1: Tensor, cut: VocabularyCut) -> tuple[Tensor, Tensor, Tensor]:
+def over_ranks(logits_NV: Tensor, labels_N1: Tensor, cut: VocabularyCut) -> tuple[Tensor, Tensor, Tensor]:
     """The greatest logit of all ranks, the sum of exponentials above it, and the target's logit, all (N, 1).
 
     They are equal on all ranks, bit for bit.
@@ -103,7 +103,7 @@ def _over_ranks(logits_NV: Tensor, labels_N1: Tensor, cut: VocabularyCut) -> tup
     own_3N1 = torch.zeros((3, len(logits_NV), 1), dtype=dtype, device=logits_NV.device)
     own_3N1[0] = -torch.inf
     if cut.entries:
-        columns_N1, is_own_N1 = _own(labels_N1, cut)
+        columns_N1, is_own_N1 = own_columns(labels_N1, cut)
         own_3N1[0], probability_N1 = _greatest(logits_NV)
         own_3N1[1] = probability_N1.reciprocal()
         own_3N1[2] = logits_NV.gather(1, columns_N1).where(is_own_N1, 0.0)
@@ -118,7 +118,7 @@ def _own_gradient(
 ) -> Tensor:
     grad_NV = torch.zeros_like(logits_NV)
     logits_NV, own_NV = logits_NV[:, : cut.entries], grad_NV[:, : cut.entries]
-    columns_N1, is_own_N1 = _own(labels_N1, cut)
+    columns_N1, is_own_N1 = own_columns(labels_N1, cut)
     for rows in _chunks(logits_NV) if cut.entries else ():
         grad_CV = (logits_NV[rows].to(sum_N1.dtype) - greatest_N1[rows]).exp_().div_(sum_N1[rows])
         grad_CV.scatter_add_(1, columns_N1[rows], -is_own_N1[rows].to(sum_N1.dtype))
@@ -126,7 +126,7 @@ def _own_gradient(
     return grad_NV
 
 
-def _own(labels_N1: Tensor, cut: VocabularyCut) -> tuple[Tensor, Tensor]:
+def own_columns(labels_N1: Tensor, cut: VocabularyCut) -> tuple[Tensor, Tensor]:
     """The labels as columns of this rank, 0 for those of other ranks, and which are its own."""
     columns_N1 = labels_N1 - cut.start
     is_own_N1 = (columns_N1 >= 0) & (columns_N1 < cut.entries)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from paceline.comm.mesh import Axis
+from paceline.parallel.kept import kept
 
 
 def copy(x: Tensor, axis: Axis, *, where: str = "") -> Tensor:
@@ -74,7 +75,7 @@ class _Copy(Function):
 class _AllReduce(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, where: str) -> Tensor:
-        return axis.all_reduce(x.contiguous().clone(), where=where)
+        return kept(lambda: axis.all_reduce(x.contiguous().clone(), where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -85,7 +86,7 @@ class _AllGather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, where: str) -> Tensor:
         ctx.axis, ctx.dim, ctx.where = axis, dim, where
-        return axis.all_gather(x, dim, where=where)
+        return kept(lambda: axis.all_gather(x, dim, where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -96,7 +97,7 @@ class _GatherEqual(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, where: str) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return axis.all_gather(x, dim, where=where)
+        return kept(lambda: axis.all_gather(x, dim, where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -118,7 +119,7 @@ class _ReduceScatter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, where: str) -> Tensor:
         ctx.axis, ctx.dim, ctx.where = axis, dim, where
-        return axis.reduce_scatter(x, dim, where=where)
+        return kept(lambda: axis.reduce_scatter(x, dim, where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -129,7 +130,7 @@ class _AllToAll(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, cut: int, join: int, where: str) -> Tensor:
         ctx.axis, ctx.cut, ctx.join, ctx.where = axis, cut, join, where
-        return axis.all_to_all(x, cut, join, where=where)
+        return kept(lambda: axis.all_to_all(x, cut, join, where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -140,7 +141,7 @@ class _ExchangeRows(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int], where: str) -> Tensor:
         ctx.axis, ctx.sent, ctx.received, ctx.where = axis, sent, received, where
-        return axis.exchange_rows(x, sent, received, where=where)
+        return kept(lambda: axis.exchange_rows(x, sent, received, where=where))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -28,6 +28,7 @@ from paceline.errors import PlanError
 from paceline.objectives.base import Batch, logits_of
 from paceline.parallel.collectives import exchange_rows
 from paceline.parallel.held import Cut, Held, Run
+from paceline.parallel.kept import kept
 from paceline.plan.layout import nearest_divisor
 
 TOKENS = (
@@ -117,7 +118,8 @@ class _Dispatched:
         ranks, own, choices = self._axis.size, self._own_experts, chosen_TK.shape[1]
         order = chosen_TK.flatten().argsort(stable=True)  # by expert, and so by rank
         sent_counts = chosen_TK.flatten().bincount(minlength=ranks * own).view(ranks, own)
-        counts = self._axis.all_to_all(sent_counts, 0, 0, where=self._where)  # of each rank's tokens for own experts
+        # Of each rank's tokens for own experts.
+        counts = kept(lambda: self._axis.all_to_all(sent_counts, 0, 0, where=self._where))
         sent, received = torch.stack([sent_counts.sum(1), counts.sum(1)]).tolist()
         rows_RD = exchange_rows(hidden_TD[order // choices], self._axis, sent, received, where=self._where)
         chosen_R = torch.arange(own, device=counts.device).repeat(ranks).repeat_interleave(counts.flatten())

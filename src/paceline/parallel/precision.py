@@ -28,10 +28,9 @@ class Masters:
             master = torch.promote_types(parameter.dtype, torch.float32)
             separate = master != dtype
             self.parameters[name] = nn.Parameter(parameter.detach().to(master, copy=True)) if separate else parameter
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = _own(parameter.data, dtype)
         self._cast = [name for name in self.parameters if self.parameters[name] is not self._compute[name]]
-        if self._cast:
-            _cast_frozen(model, dtype)
+        _cast_frozen(model, dtype)
 
     def on_gradient(self, fn: OnGradient) -> None:
         """Call ``fn`` with the name of a parameter whenever a backward pass has added to its gradient."""
@@ -70,4 +69,9 @@ def _cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     buffers (rotary frequencies) keep their precision."""
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = _own(parameter.data, dtype)
+
+
+def _own(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In memory of this process: what is on the CPU may be mapped from a file, which someone may replace."""
+    return tensor.to(dtype, copy=tensor.device.type == "cpu")

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from paceline.comm.mesh import Axis
 from paceline.parallel import partial_attention
+from paceline.parallel.kept import kept
 from paceline.parallel.partial_attention import Scores, sums_dtype
 from paceline.parallel.visible import Spans, Visible
 
@@ -88,18 +89,10 @@ class _Ring(Function):
         queries: Spans,
         keys: Sequence[Spans],
     ) -> Tensor:
-        sums = _Sums(query_BNSH, value_BKSV.shape[-1], sinks_N)
-        held_BKSE = torch.cat([key_BKSH, value_BKSV], -1)
-        for hop in range(axis.size):
-            following = axis.rotate(held_BKSE, where=WHERE) if hop + 1 < axis.size else None
-            key, value = held_BKSE.split([key_BKSH.shape[-1], value_BKSV.shape[-1]], -1)
-            for tile in visible.tiles(queries, keys[(axis.index - hop) % axis.size]):
-                part = query_BNSH[:, :, tile.rows], key[:, :, tile.columns], value[:, :, tile.columns]
-                sums.add(tile.rows, *partial_attention.forward(*part, scores, tile))
-            if following:
-                held_BKSE = following()
-        output_BNSV = sums.output.to(query_BNSH.dtype)
-        ctx.save_for_backward(query_BNSH, key_BKSH, value_BKSV, sinks_N, output_BNSV, sums.lse)
+        output_BNSV, lse_BNS = kept(
+            lambda: _attend(query_BNSH, key_BKSH, value_BKSV, sinks_N, visible, scores, axis, queries, keys)
+        )
+        ctx.save_for_backward(query_BNSH, key_BKSH, value_BKSV, sinks_N, output_BNSV, lse_BNS)
         ctx.options = visible, scores, axis, queries, keys
         return output_BNSV
 
@@ -146,6 +139,31 @@ class _Ring(Function):
             share_BNS = (sinks_N.to(dtype)[:, None] - lse_BNS).exp_()
             grad_sinks_N = -(share_BNS * (grad_BNSV.to(dtype) * output_BNSV).sum(-1)).sum((0, 2)).to(sinks_N.dtype)
         return *(grad.to(query_BNSH.dtype) for grad in grads), grad_sinks_N, None, None, None, None, None
+
+
+def _attend(
+    query_BNSH: Tensor,
+    key_BKSH: Tensor,
+    value_BKSV: Tensor,
+    sinks_N: Tensor | None,
+    visible: Visible,
+    scores: Scores,
+    axis: Axis,
+    queries: Spans,
+    keys: Sequence[Spans],
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp of the scores (B, N, S)."""
+    sums = _Sums(query_BNSH, value_BKSV.shape[-1], sinks_N)
+    held_BKSE = torch.cat([key_BKSH, value_BKSV], -1)
+    for hop in range(axis.size):
+        following = axis.rotate(held_BKSE, where=WHERE) if hop + 1 < axis.size else None
+        key, value = held_BKSE.split([key_BKSH.shape[-1], value_BKSV.shape[-1]], -1)
+        for tile in visible.tiles(queries, keys[(axis.index - hop) % axis.size]):
+            part = query_BNSH[:, :, tile.rows], key[:, :, tile.columns], value[:, :, tile.columns]
+            sums.add(tile.rows, *partial_attention.forward(*part, scores, tile))
+        if following:
+            held_BKSE = following()
+    return sums.output.to(query_BNSH.dtype), sums.lse
 
 
 class _Sums:

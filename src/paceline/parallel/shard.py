@@ -7,6 +7,9 @@ keeps the fp32 masters itself, each rank its rows, and computes with a bf16 copy
     1      sharded              whole until the last micro-batch  whole from the forward to the backward pass
     2      sharded              sharded                           whole from the forward to the backward pass
     3      sharded              sharded                           a block at a time
+
+With ``offload`` what is sharded lies in main memory, and so do the optimizer's states and its work. Weights go to the
+device when they are gathered, gradients come back when they have been summed.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from paceline.comm.mesh import Axis, Mesh
 from paceline.errors import PlanError
@@ -27,7 +30,14 @@ class ShardedStates:
     """A model whose parameters are DTensors, each rank with its rows; the counterpart of ``precision.Masters``."""
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, zero: int, experts: Collection[str] = ()
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        *,
+        zero: int,
+        offload: bool = False,
+        experts: Collection[str] = (),
     ) -> None:
         """``experts`` are the modules that other ranks of ``mesh.states`` have other parameters of."""
         master = {torch.promote_types(p.dtype, torch.float32) for p in model.parameters()}
@@ -37,9 +47,10 @@ class ShardedStates:
                 f"{', '.join(sorted(map(str, master)))}. Convert the model, or use shard=1"
             )
         (master_dtype,) = master
-        model.to(master_dtype)
         self._zero = zero
-        self._modules = _shard(model, mesh, None if dtype == master_dtype else dtype, master_dtype, zero, experts)
+        compute = None if dtype == master_dtype else dtype
+        self._modules = _shard(model, mesh, compute, master_dtype, zero, offload, experts)
+        model.to(master_dtype)  # now only this rank's rows: a whole model in 16 bits is never there in 32
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
@@ -67,6 +78,7 @@ def _shard(
     compute: torch.dtype | None,
     master: torch.dtype,
     zero: int,
+    offload: bool,
     experts: Collection[str],
 ) -> list[FSDPModule]:
     """Every block is a group of its own, and so are experts; the rest is the root's, the last of what is returned.
@@ -76,13 +88,21 @@ def _shard(
     """
     inner = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     outer = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=True)
+    assert mesh.states_mesh is not None
+    has_device = mesh.states_mesh.device_type != "cpu"
+    policy = CPUOffloadPolicy(pin_memory=has_device) if offload else OffloadPolicy()
+    block_options: dict[str, Any] = {
+        "mp_policy": inner,
+        "reshard_after_forward": zero == 3,
+        "offload_policy": policy,
+    }
     dealt, found = {name: model.get_submodule(name) for name in experts}, blocks(model)
     for module in dealt.values():  # those inside come first: a group takes what has none yet
-        fully_shard(module, mesh=mesh.expert_states_mesh, mp_policy=inner, reshard_after_forward=zero == 3)
+        fully_shard(module, mesh=mesh.expert_states_mesh, **block_options)
     for block in found.values():
-        fully_shard(block, mesh=mesh.states_mesh, mp_policy=inner, reshard_after_forward=zero == 3)
+        fully_shard(block, mesh=mesh.states_mesh, **block_options)
     # The root's weights are wanted again at once: its last layer is the first of the backward pass.
-    fully_shard(model, mesh=mesh.states_mesh, mp_policy=outer, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh.states_mesh, mp_policy=outer, reshard_after_forward=False, offload_policy=policy)
     modules: dict[str, Any] = {**dealt, **found, "the rest": model}
     assert sum(isinstance(module, FSDPModule) for module in model.modules()) == len(modules)
     for name, module in modules.items():  # the setters are not recursive

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from paceline.comm.mesh import Axis
 from paceline.errors import ModelError, PlanError
 from paceline.parallel.collectives import all_gather, all_reduce, copy, gather_equal, piece, reduce_scatter
+from paceline.parallel.kept import kept
 from paceline.parallel.tensor_heads import Heads
 
 POSITIONS = -2
@@ -59,7 +60,7 @@ class Border:
         if not self.sequence:
             return copy(hidden, self.axis, where=self.where)
         if not hidden.is_floating_point():
-            return self.axis.all_gather(hidden, POSITIONS, where=self.where)
+            return kept(lambda: self.axis.all_gather(hidden, POSITIONS, where=self.where))
         return all_gather(hidden, self.axis, POSITIONS, where=self.where)
 
     def leave(self, part: Tensor) -> Tensor:

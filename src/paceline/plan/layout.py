@@ -83,3 +83,17 @@ def nearest_divisor(wanted: int, *numbers: int) -> int:
     """The number nearest to ``wanted`` that divides all ``numbers``."""
     common = math.gcd(*numbers)
     return min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: (abs(n - wanted), -n))
+
+
+def check_offload(layout: LayoutConfig, replicas: int) -> None:
+    """Raise ``PlanError`` where ``offload`` has nothing to move, or where replicas would need it on the device."""
+    if layout.offload and layout.shard * layout.context == 1:
+        raise PlanError(
+            "layout.offload=true moves what ranks share to main memory, and layout.shard=1 shares nothing. Set "
+            "layout.shard, or offload=false"
+        )
+    if layout.offload and replicas > 1:
+        raise PlanError(
+            f"layout.offload=true with replicas={replicas} is not built: replicas exchange gradients on the device. "
+            f"Use replicas=1 and layout.shard={replicas * layout.shard}, or offload=false"
+        )

@@ -41,18 +41,20 @@ def rank_memory(
     recompute: str,
     state_per_parameter: int,
     sync_bytes: int,
+    logit_rows: int | None,
 ) -> RankMemory:
     """Memory of one rank of a replica, were all cuts even.
 
     States are exact up to what does not divide, and to the one block at a time that ZeRO 3 gathers. Experts count as
     chosen evenly. Activations: 34
     bytes a token and unit of width in a block at 2 bytes a value, 2 with full recompute (Korthikanti et al., arXiv
-    2205.05198, table 2); the first of P stages keeps P micro-batches. Logits: their own dtype, and as much again for
-    the gradient.
+    2205.05198, table 2), with selective recompute also the outputs of matrices and attention, 10 times the width; the
+    first of P stages keeps P micro-batches. Logits: their own dtype, and as much again for the gradient; where the loss
+    takes ``logit_rows`` at a time, these and their fp32 copy, and the gradient of the head.
     """
     value_bytes = 2 if precision == "bf16" else 4
     tokens = batch.micro * batch.sequence_tokens // grid.context
-    per_unit = 2 if recompute == "full" else 34
+    per_unit = {"none": 34, "selective": 22, "full": 2}[recompute]
     cut, sharded = grid.pipeline * grid.tensor, grid.shard * grid.context
     states = cut * sharded
     used = model.parameters - model.experts + model.experts // grid.expert
@@ -60,6 +62,10 @@ def rank_memory(
     separate = precision == "bf16" or sharded > 1
     computed = (used // cut if sharded == 1 or zero < 3 else block) if separate else 0
     learned = model.trainable * used // max(1, model.parameters)
+    if logit_rows is None:
+        logits = 2 * tokens * model.vocabulary * value_bytes
+    else:
+        logits = model.vocabulary * (min(tokens, logit_rows) * (value_bytes + 4) + 4 * model.width)
     blocks = -(-model.layers // grid.pipeline) * min(grid.pipeline, batch.micro_batches)
     return RankMemory(
         master_weights=4 * model.parameters // states,
@@ -68,5 +74,5 @@ def rank_memory(
         optimizer=4 * state_per_parameter * model.trainable // states,
         sync=sync_bytes,
         activations_estimate=tokens * model.width * blocks * per_unit * value_bytes // 2 // grid.tensor,
-        logits_estimate=2 * tokens * model.vocabulary * value_bytes // grid.tensor,
+        logits_estimate=logits // grid.tensor,
     )

@@ -3,7 +3,7 @@
 from paceline.config import BatchConfig, Config
 from paceline.errors import PlanError
 from paceline.plan.batch import BatchPlan, plan_batch
-from paceline.plan.layout import Grid
+from paceline.plan.layout import Grid, check_offload
 from paceline.plan.stages import check_schedule, schedule_of
 
 
@@ -19,6 +19,12 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
         raise PlanError(
             f"train.compile=true with layout.{cut[0]}={getattr(layout, cut[0])} is not built: blocks that exchange "
             "tensors are not compiled yet. Use train.compile=false, or shard and replicas"
+        )
+    check_offload(layout, config.replicas)
+    if config.train.compile and layout.recompute == "selective":
+        raise PlanError(
+            "train.compile=true with layout.recompute=selective is not built: compiled blocks choose for themselves "
+            "what they keep. Use recompute=none or full"
         )
     if layout.sequence and layout.tensor == 1:
         raise PlanError(

@@ -3,10 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from paceline.comm.device import cores, cpu_has_bf16_units, processor_name
 from paceline.config import Config, strategy_name
 from paceline.errors import ConfigError
 from paceline.models.describe import describe
+from paceline.objectives.base import holds_all_logits
+from paceline.objectives.head_cross_entropy import rows_at_a_time
 from paceline.plan.batch import BatchPlan
 from paceline.plan.layout import Grid
 from paceline.plan.memory import RankMemory, rank_memory
@@ -19,6 +23,7 @@ from paceline.train.assemble import (
     resolve_precision,
     wanted_vocabulary,
 )
+from paceline.verify.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,8 @@ class Plan:
     precision: str
     grid: Grid
     wire_bytes: float
+    logit_rows: int | None
+    """How many rows of logits are there at once; None for all, or for a family with which this could not be tried."""
 
     def values(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -48,6 +55,7 @@ class Plan:
             ],
             "bytes_per_rank": memory,
             "wire_bytes_per_step": self.wire_bytes,
+            "logit_rows": self.logit_rows,
             "tokens_in_all": self.batch.tokens * self.config.train.steps,
         }
 
@@ -64,6 +72,7 @@ class Plan:
             f"run        {c.train.steps:,} steps, {b.tokens * c.train.steps:,} tokens, into {c.train.output}",
             f"precision  {self.precision} ({'asked' if c.precision != 'auto' else 'auto'}; this processor "
             f"{'has' if cpu_has_bf16_units() else 'has no'} bf16 units)",
+            f"logits     {self._logits()}",
             f"optimizer  {strategy_name(c.optimizer)}, {strategy_name(c.schedule)} schedule",
             f"sync       {strategy_name(c.sync)} over {c.replicas} replica(s), "
             f"{_bytes(self.wire_bytes)} sent by each rank a step",
@@ -78,6 +87,11 @@ class Plan:
             f"this machine: {processor_name()}, {cores()} core(s)",
         ]
         return "\n".join(lines)
+
+    def _logits(self) -> str:
+        if self.logit_rows is None:
+            return "all of a micro-batch at once (the model changes what its head gives, or could not be tried)"
+        return f"at most {self.logit_rows} positions at a time"
 
     def _memory_rows(self) -> list[tuple[str, int]]:
         m = self.memory
@@ -116,6 +130,7 @@ def explain(config: Config) -> Plan:
     sizes = model_sizes(model, source.vocabulary or 0)
     precision = resolve_precision(config.precision, cpu_has_bf16_units())
     sync: Any = config.sync
+    logit_rows = _logit_rows(config, -(-sizes.vocabulary // grid.tensor))
     optimizer: Any = config.optimizer
     return Plan(
         config=config,
@@ -133,9 +148,22 @@ def explain(config: Config) -> Plan:
             recompute=config.layout.recompute,
             state_per_parameter=optimizer.state_per_parameter,
             sync_bytes=sync.state_bytes(shapes) // grid.ranks if config.replicas > 1 else 0,
+            logit_rows=logit_rows,
         ),
         wire_bytes=sync.wire_bytes(shapes, config.replicas) / grid.ranks,
+        logit_rows=logit_rows,
     )
+
+
+def _logit_rows(config: Config, vocabulary: int) -> int | None:
+    """Tried with a small model of the family."""
+    try:
+        subject = Subject.of(config, full=False)
+        if holds_all_logits(subject.model(torch.float32), subject.sample()):
+            return None
+    except Exception:  # a family that cannot be made small raises what it likes
+        return None
+    return rows_at_a_time(vocabulary, on_cpu=not torch.cuda.is_available())
 
 
 def _bytes(count: float) -> str:

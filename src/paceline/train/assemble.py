@@ -215,7 +215,7 @@ def _material(config: Config, *, module: nn.Module | None, objective: Objective 
     context = objective_context(config, prepared, source)
     options = objective_options(config)
     train = _rows(config, prepared, options.row_tokens(context), options.overlap)
-    model = source.build(config.seed) if source else module
+    model = source.build(config.seed, dtype=_dtype_to_cut(config)) if source else module
     if model is None:
         raise PlanError("there is no model: set model.config, model.preset or model.path, or pass a module")
     return Material(
@@ -230,6 +230,13 @@ def _material(config: Config, *, module: nn.Module | None, objective: Objective 
         held_out=_held_out(prepared, options.row_tokens(context), options.overlap),
         dropped_tokens=sum(part.dropped_tokens for part in train),
     )
+
+
+def _dtype_to_cut(config: Config) -> torch.dtype | None:
+    """That of the model before it is cut: as stored, so that each rank reads its own part only. fp32 where the whole
+    model is first tried, which 16 bits are too coarse for."""
+    is_tried = config.layout.context > 1 or config.layout.pipeline > 1 or config.data.isolate_documents
+    return torch.float32 if is_tried else None
 
 
 def resolve_precision(asked: str, has_bf16_units: bool) -> str:

@@ -20,7 +20,7 @@ from paceline.parallel.dropout_places import find_places
 from paceline.parallel.expert import check_experts, cut_experts
 from paceline.parallel.held import Held
 from paceline.parallel.precision import Masters
-from paceline.parallel.recompute import recompute_full
+from paceline.parallel.recompute import recompute
 from paceline.parallel.shard import ShardedStates
 from paceline.parallel.stages import cut_stages
 from paceline.parallel.tensor import cut_tensor
@@ -109,16 +109,18 @@ def build(
     held |= dealt
     if dropout is not None:
         dropout.install(model)
-    model.to(device).train()
-    if layout.recompute == "full":
-        recompute_full(model, dropout)
+    model.train()
+    if mesh.states_mesh is None:
+        model.to(device)  # sharding moves a block at a time: the device need not hold all
+    if layout.recompute != "none":
+        recompute(model, layout.recompute, dropout)
     if compiled:
         compile_blocks(model)
     experts = tuple(dict.fromkeys(name.rpartition(".")[0] for name in dealt))
     states: States = (
         Masters(model, dtype)
         if mesh.states_mesh is None
-        else ShardedStates(model, mesh, dtype, zero=layout.zero, experts=experts)
+        else ShardedStates(model, mesh, dtype, zero=layout.zero, offload=layout.offload, experts=experts)
     )
     return Built(
         model=model,
@@ -130,6 +132,7 @@ def build(
             held=held,
             elsewhere=whole - _state_names(model),
             reports=stages is None or stages.has_loss,
+            device=device,
         ),
         schedule=Accumulate(model, objective, seed=seed, device=device, dropout=dropout)
         if stages is None

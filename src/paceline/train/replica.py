@@ -33,6 +33,7 @@ class ModuleReplica:
 
     ``held`` says of which parameters this rank holds a part, or computes a part of the gradient; ``elsewhere`` names
     those, and the buffers, of which it holds nothing. ``reports``: this rank's sums over targets are the loss, not 0.
+    ``device``: where ranks talk; that of the parameters, unless these are offloaded.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class ModuleReplica:
         held: Mapping[str, Held] | None = None,
         elsewhere: frozenset[str] = frozenset(),
         reports: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self.shards = [Shard(name, parameter) for name, parameter in states.parameters.items()]
         self.optimizer = optimizer.build(states.parameters)
         self.mesh = mesh
         self.held = held or {}
         self.elsewhere = elsewhere
+        self._device = device or self.shards[0].local.device
         self._reports = reports and mesh.tensor.index == 0
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._states = states
@@ -69,8 +72,7 @@ class ModuleReplica:
         Ranks that compute the same (``tensor``), or not to the end (all stages but the last), count once or not at all.
         """
         own = [value if self._reports else 0.0 for value in values]
-        like = self.shards[0].local
-        sums = torch.tensor([*own, float(stop)], dtype=torch.float64, device=like.device)
+        sums = torch.tensor([*own, float(stop)], dtype=torch.float64, device=self._device)
         *totals, stops = self.mesh.world.all_reduce(sums, where="totals").tolist()
         return totals, stops > 0
 
@@ -88,7 +90,7 @@ class ModuleReplica:
     def end_backward(self) -> None:
         """Add up what ranks hold parts of, and tell the listener of the shards that the last backward did not."""
         for axis, shards in self._summed:
-            _add_up(axis, shards)
+            _add_up(axis, shards, self._device)
         for shard in self.shards:
             self._tell(shard.name)
         self._last = False
@@ -120,7 +122,7 @@ class ModuleReplica:
         """L2 norm over the replica, each value counted by the one rank that owns it: fp64 scalar on the CPU."""
         own = [g for shard in self.shards if self._owns(shard.name) and (g := shard.gradient) is not None]
         norms = torch._foreach_norm(own) if own else [self.shards[0].local.new_zeros(())]
-        squares = torch.stack(norms).double().square().sum()
+        squares = torch.stack(norms).double().square().sum().to(self._device)
         return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()
 
     def _owns(self, name: str) -> bool:
@@ -147,7 +149,7 @@ def _by_axis(shards: Iterable[Shard], held: Mapping[str, Held]) -> list[tuple[Ax
     return list(groups.values())
 
 
-def _add_up(axis: Axis, shards: list[Shard]) -> None:
+def _add_up(axis: Axis, shards: list[Shard], device: torch.device) -> None:
     """One exchange for all: gradients one after the other, then a mark for each that this rank has."""
     gradients = [shard.gradient for shard in shards]
     parts = [
@@ -155,8 +157,7 @@ def _add_up(axis: Axis, shards: list[Shard]) -> None:
         for shard, gradient in zip(shards, gradients, strict=True)
     ]
     marks = parts[0].new_tensor([float(gradient is not None) for gradient in gradients])
-    *sums, present = axis.all_reduce(torch.cat([*parts, marks]), where="parts of gradients").split(
-        [*(part.numel() for part in parts), len(parts)]
-    )
+    together = axis.all_reduce(torch.cat([*parts, marks]).to(device), where="parts of gradients").to(marks.device)
+    *sums, present = together.split([*(part.numel() for part in parts), len(parts)])
     for shard, total, mark in zip(shards, sums, present.tolist(), strict=True):
         shard.set_gradient(total if mark > 0 else None)

@@ -16,7 +16,7 @@ from paceline.data.rows import Row
 from paceline.data.tokenizer import SpecialTokens
 from paceline.errors import ConfigError
 from paceline.models.source import ModelSource
-from paceline.objectives.base import ObjectiveContext, ObjectiveOptions
+from paceline.objectives.base import Batch, ObjectiveContext, ObjectiveOptions
 from paceline.train.assemble import Material
 from paceline.verify.cases import SEQUENCE_TOKENS
 from paceline.verify.small import SIZES, small_sizes
@@ -104,6 +104,11 @@ class Subject:
             order=SampleOrder(SOURCES, (2.0, 1.0), self.seed),
             held_out=[TrialRows(self, len(SOURCES), HELD_OUT)],
         )
+
+    def sample(self) -> Batch:
+        """A small micro-batch."""
+        rows = TrialRows(self, 0, SOURCES[0])
+        return self.options.build(self.context).batch([rows.row(i, i) for i in (1, 2)], seed=self.seed, step=0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""Cross-entropy of the logits of a linear head, a few rows of which are there at a time.
+
+The forward pass takes rows in chunks and is done with each at once: logits, losses, and what the loss adds to the
+gradients of hidden states and head, for the gradient of a sum is known before the backward pass, up to its factor
+(Liger kernel, arXiv 2410.10989, section 3.2). So no product is computed twice, and what waits for the backward pass is
+two tensors as large as the hidden states and the weight. Positions without a target are left out from the start.
+
+Shapes: B rows, S positions, N = B x S, T positions with a target, C of a chunk, D width, V vocabulary (a rank's part).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from paceline.objectives.cross_entropy import NO_TARGET, over_ranks, own_columns
+from paceline.objectives.vocabulary import VocabularyCut
+
+CPU_CHUNK = 1 << 22
+"""Logits of a chunk: 16 MiB in fp32. Few enough to be no matter, many enough for products at full speed."""
+DEVICE_CHUNK = 1 << 26
+"""The same elsewhere, 256 MiB: few large kernels."""
+LEAST_ROWS = 128
+"""Of a chunk, for wide vocabularies: each chunk reads and writes the whole gradient of the weight."""
+
+
+def head_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cut: VocabularyCut | None = None
+) -> Tensor:
+    """Sum of -log softmax(hidden @ weight.T + bias)[label] over all positions whose label is not -100.
+
+    ``hidden`` (B, S, D) or (N, D), ``weight`` (V, D) and ``bias`` (V,) of one floating dtype, in which the logits are;
+    ``labels`` (B, S) or (N,) int64. With ``cut`` the head has this rank's entries and padding, the labels are of the
+    whole vocabulary, and all ranks get the same sum, though of the gradient of ``hidden`` each has its part. Returns a
+    scalar, computed in fp32 (fp64 for fp64); exactly 0 where no position has a target. Differentiable once. Raises
+    ``IndexError`` or ``RuntimeError`` for a label outside the vocabulary.
+    """
+    learns = torch.is_grad_enabled()
+    total: Tensor = _HeadCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), cut, learns)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        cut: VocabularyCut | None,
+        learns: bool,
+    ) -> Tensor:
+        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        targets_T = (labels_N != NO_TARGET).nonzero().squeeze(1)
+        losses_T1 = torch.empty((len(targets_T), 1), dtype=dtype, device=hidden_ND.device)
+        wanted = [learns and needs for needs in ctx.needs_input_grad[:3]]
+        grads = _Gradients(hidden_ND, weight_VD, bias_V, wanted, dtype)
+        entries = len(weight_VD) if cut is None else cut.entries
+        own_VD, own_V = weight_VD[:entries], None if bias_V is None else bias_V[:entries]
+        rows = rows_at_a_time(len(weight_VD), on_cpu=weight_VD.device.type == "cpu")
+        for begin in range(0, len(targets_T), rows):
+            chunk_C = targets_T[begin : begin + rows]
+            hidden_CD = hidden_ND[chunk_C]
+            logits_CV = F.linear(hidden_CD, own_VD, own_V)
+            losses_C1, grad_CV = _chunk(logits_CV, labels_N[chunk_C].unsqueeze(1), cut, any(wanted))
+            losses_T1[begin : begin + rows] = losses_C1
+            if grad_CV is not None:
+                del logits_CV
+                grads.add(chunk_C, hidden_CD, own_VD, grad_CV.to(weight_VD.dtype))
+        ctx.save_for_backward(*grads.finished(weight_VD.dtype))
+        return losses_T1.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if grad is None else grad * grad_total for grad in ctx.saved_tensors)
+        return (*grads, None, None, None)
+
+
+class _Gradients:
+    """What the chunks add up to; None for what does not learn. Sums over chunks are in ``dtype``."""
+
+    def __init__(
+        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wanted: list[bool], dtype: torch.dtype
+    ) -> None:
+        self._hidden_ND = torch.zeros_like(hidden_ND) if wanted[0] else None
+        self._weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if wanted[1] else None
+        self._bias_V = torch.zeros_like(bias_V, dtype=dtype) if wanted[2] and bias_V is not None else None
+
+    def add(self, chunk_C: Tensor, hidden_CD: Tensor, weight_VD: Tensor, grad_CV: Tensor) -> None:
+        """A chunk; ``weight_VD`` without padding."""
+        if self._hidden_ND is not None:
+            self._hidden_ND.index_copy_(0, chunk_C, grad_CV @ weight_VD)
+        if self._weight_VD is not None:
+            own_VD = self._weight_VD[: len(weight_VD)]
+            if own_VD.dtype == grad_CV.dtype:
+                own_VD.addmm_(grad_CV.t(), hidden_CD)
+            else:
+                own_VD.add_(grad_CV.t() @ hidden_CD)
+        if self._bias_V is not None:
+            self._bias_V[: len(weight_VD)].add_(grad_CV.sum(0, dtype=self._bias_V.dtype))
+
+    def finished(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Of hidden states, weight and bias, in ``dtype``."""
+        sums = (self._hidden_ND, self._weight_VD, self._bias_V)
+        return tuple(None if grad is None else grad.to(dtype) for grad in sums)
+
+
+def _chunk(
+    logits_CV: Tensor, labels_C1: Tensor, cut: VocabularyCut | None, learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The losses of some rows (C, 1), and if it ``learns`` the gradient of their sum (C, V), in fp32 or more."""
+    dtype = torch.promote_types(logits_CV.dtype, torch.float32)
+    if cut is None:
+        columns_C1, is_own_C1 = labels_C1, torch.ones_like(labels_C1)
+        log_CV = torch.log_softmax(logits_CV, 1, dtype=dtype)
+        losses_C1 = -log_CV.gather(1, labels_C1)
+        grad_CV = log_CV.exp_() if learns else None
+    else:
+        columns_C1, is_own_C1 = own_columns(labels_C1, cut)
+        greatest_C1, sum_C1, target_C1 = over_ranks(logits_CV, labels_C1, cut)
+        losses_C1 = greatest_C1 - target_C1 + sum_C1.log()
+        grad_CV = (logits_CV.to(dtype) - greatest_C1).exp_().div_(sum_C1) if learns else None
+    if grad_CV is not None and grad_CV.shape[1]:  # a rank may have no entry at all
+        grad_CV.scatter_add_(1, columns_C1, -is_own_C1.to(dtype))
+    return losses_C1, grad_CV
+
+
+def rows_at_a_time(vocabulary: int, *, on_cpu: bool) -> int:
+    """Rows of a chunk, for a head of so many entries."""
+    return max(LEAST_ROWS, (CPU_CHUNK if on_cpu else DEVICE_CHUNK) // vocabulary)
