@@ -1,6 +1,7 @@
 """From a whole model to one rank's part of it, ready to learn: the passes of a layout, one after the other."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,7 +49,9 @@ class Built:
     schedule: Schedule
     split: Callable[[Batch], Batch]
     """This rank's part of a micro-batch."""
-    by_chance: str | None = None
+    drawing: Callable[[int, Batch], AbstractContextManager[None]]
+    """What is in force while a step's micro-batch runs forward: it says what is dropped."""
+    by_chance: str | None
     """What of the model is random other than by step, sequence and position; None if nothing."""
 
 
@@ -125,6 +128,7 @@ def build(
         if stages is None
         else Pipelined(stages, mesh, goal.objective, seed=seed, device=device, dropout=dropout),
         split=context.split if context is not None else lambda batch: batch,
+        drawing=dropout.drawing if dropout is not None else lambda *_: nullcontext(),
         by_chance=places.unknown,
     )
 
