@@ -100,7 +100,7 @@ def _other_attention(configs: Sequence[Any]) -> str | None:
 
 def _in_kernels(configs: Sequence[Any], kind: str) -> str | None:
     for config in configs:
-        for key, value in config.to_dict().items():
+        for key, value in getattr(config, "to_dict", dict)().items():
             if "drop" in key and isinstance(value, float) and value > 0.0:
                 return f"model.attention={kind} with {key}={value:g} draws random numbers in kernels of its own"
     return None

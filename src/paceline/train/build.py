@@ -103,7 +103,7 @@ def build(
     if mesh.context.size > 1:
         context = cut_context(model, mesh, attention=layout.attention, dropout=dropout)
     if dropout is not None:
-        dropout.install(model)
+        dropout.install(model, held)
     model.to(device).train()
     if layout.recompute == "full":
         recompute_full(model, dropout)
