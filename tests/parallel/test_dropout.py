@@ -13,7 +13,9 @@ from paceline.models.blockwise import attention
 from paceline.objectives.base import Batch
 from paceline.parallel.dropout import Dropout
 from paceline.parallel.dropout_places import find_places
+from paceline.parallel.held import Held
 from paceline.parallel.recompute import recompute_full
+from paceline.parallel.tensor_parameters import even_runs
 
 WIDTH, TOKENS, RATE = 24, 10, 0.5
 
@@ -62,14 +64,14 @@ def batch_of(*sequences, tokens=TOKENS):
     return Batch(inputs={"input_ids": ids}, labels=ids, count=0, sequences=sequences)
 
 
-def made(seed=0, tensor=None, sequence=False, **changes):
+def made(seed=0, tensor=None, sequence=False, held=None, **changes):
     model = Model()
     places = find_places(model, batch_of(0, 1))
     assert places.unknown is None
     dropout = Dropout(places, seed=seed, tensor=tensor or Axis(name="tensor"), sequence=sequence)
     for name, value in changes.items():
         setattr(model, name, value)
-    dropout.install(model)
+    dropout.install(model, held or {})
     return model, dropout
 
 
@@ -192,6 +194,19 @@ def test_a_part_that_is_not_known_is_refused():
     model, dropout = made(features=7)
     with pytest.raises(PlanError, match=r"dropout in blocks\.0\.layer is of a tensor of shape \(1, 10, 7\)"):
         kept(model, dropout, batch_of(5))
+
+
+@pytest.mark.parametrize(("width", "is_known"), [(WIDTH, False), (2 * WIDTH, True)])
+def test_pieces_of_two_layers_in_one_are_no_piece_of_the_whole(width, is_known):
+    """A rank has the first half of each, not the first half of both."""
+    runs = even_runs([width // 2, width // 2], 2, 0)
+    held = {"up": Held(full_shape=(width, 3), dim=0, runs=tuple(runs))}
+    model, dropout = made(tensor=Axis(name="tensor", index=0, size=2), held=held, heads=2, features=WIDTH // 2)
+    if is_known:
+        kept(model, dropout, batch_of(5))
+    else:
+        with pytest.raises(PlanError, match="not known which part of the whole that is"):
+            kept(model, dropout, batch_of(5))
 
 
 def test_a_dropout_that_the_trial_has_not_seen_is_refused():

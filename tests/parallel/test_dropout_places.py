@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoConfig
 
 from paceline.objectives.base import Batch
 from paceline.parallel.dropout_places import ROWS, Dimension, find_places
@@ -128,6 +129,31 @@ def test_a_model_is_as_it_was():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert model.training and not model.layers[1].training
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("rate", "unknown"), [(0.1, "model.attention=flex_attention with resid_pdrop=0.1"), (0.0, None)]
+)
+def test_kernels_that_cannot_be_seen_into_are_unknown_if_they_may_drop(rate, unknown):
+    model = Own(lambda s, t: 1 / 0)  # not to be run
+    model.config = AutoConfig.for_model(
+        "gpt2", resid_pdrop=rate, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0
+    )
+    model.config._attn_implementation = "flex_attention"
+    places = tried(model)
+    assert places.dimensions == {} and (places.unknown or "").startswith(unknown or "")
+    assert (places.unknown is None) == (unknown is None)
+
+
+@pytest.mark.parametrize("lengths", [(6, None), (5, 5)])
+def test_no_more_positions_are_tried_than_a_short_model_has(lengths):
+    class Short(Own):
+        def forward(self, input_ids, decoder_input_ids=None):
+            assert input_ids.shape[1] <= lengths[0]
+            return super().forward(input_ids, decoder_input_ids)
+
+    places = tried(Short(lambda s, t: F.dropout(s, 0.1)), tokens=lengths[0], target_tokens=lengths[1])
+    assert dict(places.dimensions) == {("", 0): ((ROWS,), (SOURCE,), of(6))}
 
 
 def test_a_module_with_two_names_is_one_place():

@@ -15,6 +15,7 @@ SGD = (
     "precision=fp32",
     "train.steps=6",
     "checkpoint.every=3",
+    "model.config.attention_dropout=0.1",
 )
 
 

@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,25 @@ def test_a_gradient_that_explodes_under_a_finite_loss_is_named(dtype):
 
 def test_a_rank_without_fault_says_so():
     assert isinstance(found(tiny_llama()), NonFiniteElsewhere)
+
+
+def test_what_is_random_is_drawn_again_as_it_was():
+    """The fault shows only while what the failed step drew is in force."""
+    model, drawn = tiny_llama(), []
+
+    @contextmanager
+    def drawing(batch):
+        drawn.append(batch.sequences)
+        yield
+        drawn.append(None)
+
+    def fault(_module, _inputs, output):
+        return output * (float("inf") if drawn[-1:] == [(4, 5, 6, 7)] else 1.0)
+
+    model.model.layers[1].mlp.register_forward_hook(fault)
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(), None, mesh=Mesh.alone())
+    error = locate(ERROR, model, replica, objective(), batches(), "replica 0, rank 0", drawing)
+    assert "began in the output of model.layers.1.mlp" in str(error) and drawn[1] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -246,6 +246,9 @@ class ContextCut:
         refused += ["output_attentions"] if others.get("output_attentions") else []
         if refused:
             raise _cannot(f"{name} asks for {', '.join(refused)}, which attention over ranks does not compute")
+        chance_BN = self._dropout.attention(query, dropout) if self._dropout else None
+        if dropout and chance_BN is None:
+            raise _cannot(f"{name} drops out {dropout:g} of attention outside of a step, where no rank knows which")
         positions = attention_mask.tokens // self._size
         if query.shape[2] != positions or key.shape[2] != positions:
             raise _cannot(f"{name} attends from {query.shape[2]} to {key.shape[2]} of a part's {positions} positions")
@@ -253,7 +256,7 @@ class ContextCut:
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=softcap,
             dropout=dropout,
-            chance_BN=self._dropout.attention(query, dropout) if self._dropout else None,
+            chance_BN=chance_BN,
         )
         return self._attend(query, key, value, s_aux, attention_mask, scores).transpose(1, 2).contiguous(), None
 

@@ -19,6 +19,7 @@ from paceline.models.chance import fold, stream_seed
 from paceline.objectives.base import Batch
 from paceline.parallel.dropout_calls import Caught, Chance, Numbering, Place, enter
 from paceline.parallel.dropout_places import ROWS, STREAMS, Dimension, Dimensions, Places
+from paceline.parallel.held import Held
 from paceline.parallel.tensor_parameters import even_runs
 from paceline.parallel.tensor_rules import is_in
 
@@ -33,11 +34,15 @@ class Dropout:
     def __init__(self, places: Places, *, seed: int, tensor: Axis, sequence: bool) -> None:
         assert places.unknown is None
         self.places, self.seed, self.tensor, self.sequence = places, seed, tensor, sequence
+        self.fused: frozenset[int] = frozenset()
+        """Features of layers that are several in one, of which a rank has a piece of each."""
         self._pass: _Pass | None = None
         """The forward pass that runs."""
 
-    def install(self, model: nn.Module) -> None:
+    def install(self, model: nn.Module, held: Mapping[str, Held]) -> None:
         """Number the dropouts of a model, or of what is left of it on this rank, before blocks are recomputed."""
+        cut = [own for own in held.values() if own.dim is not None and len(own.runs) > 1]
+        self.fused = frozenset(own.full_shape[own.dim] for own in cut if own.dim is not None)
         enter(model, self.places.names, lambda: self._pass.numbering if self._pass else None)
 
     def drawing(self, step: int, batch: Batch, begun: Mapping[str, int] | None = None) -> AbstractContextManager[None]:
@@ -166,7 +171,8 @@ class _Pass:
             if dim.features == size:
                 return torch.arange(size)
             (own,) = even_runs([dim.features], axis.size, axis.index)
-            return torch.arange(own.start, own.start + size) if own.size == size else None
+            is_piece = own.size == size and dim.features not in self._dropout.fused
+            return torch.arange(own.start, own.start + size) if is_piece else None
         assert dim.stream is not None
         whole = self._padded(dim.stream)
         columns = torch.arange(whole) if self._columns is None else self._columns

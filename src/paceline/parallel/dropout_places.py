@@ -15,11 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paceline.models.attention import MATMUL
 from paceline.objectives.base import Batch, logits_of
 from paceline.parallel.dropout_calls import Caught, Chance, Numbering, Place, enter
 
 STREAMS = {"input_ids": 12, "decoder_input_ids": 9}
-"""Inputs that have positions, and how many in the first trial."""
+"""Inputs that have positions, and how many of each are tried at most."""
+FEWEST = 5
+"""Positions: with these no two meanings of a dimension go from one size to the same other."""
+CAUGHT_ATTENTION = ("eager", "sdpa", MATMUL)
+"""Kinds whose dropout is caught; the kernels of others draw by themselves, and may not run on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +60,24 @@ def find_places(model: nn.Module, sample: Batch) -> Places:
     """Try ``model``, which is whole, on a part of ``sample``, which has two rows or more.
 
     Neither the model nor any stream of random numbers is changed. Runs one short forward pass, and another one if it
-    drops out.
+    drops out. A model with other attention than is caught is not run: it is unknown if its config speaks of dropout.
     """
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    if (kind := _other_attention(configs)) is not None:
+        return Places(dimensions={}, calls={}, names={}, unknown=_in_kernels(configs, kind))
+    tokens = _tokens(sample)
     names: dict[nn.Module, str] = {}
     aliases = {alias: names.setdefault(module, alias) for alias, module in model.named_modules(remove_duplicate=False)}
-    first = second = _run(model, aliases, _inputs(sample, [0, 1], less=0))
+    first = second = _run(model, aliases, _inputs(sample, [0, 1], tokens))
     if first.found:
-        second = _run(model, aliases, _inputs(sample, [0, 1, 0], less=1))
+        fewer = {stream: number - 1 for stream, number in tokens.items()}
+        second = _run(model, aliases, _inputs(sample, [0, 1, 0], fewer))
     unknown = first.drawn or second.drawn
     if [one.place for one in first.found] != [other.place for other in second.found]:
         unknown = unknown or "what drops out changes with the shape of a batch"
     dimensions: dict[tuple[str, int], Dimensions] = {}
     for one, other in zip(first.found, second.found, strict=False):
-        counted = _counted(one, other)
+        counted = _counted(one, other, tokens)
         key = one.place.module, one.place.number
         if counted is None or dimensions.setdefault(key, counted) != counted:
             unknown = unknown or (
@@ -81,6 +91,19 @@ def find_places(model: nn.Module, sample: Batch) -> Places:
         names={alias: name for alias, name in aliases.items() if name in placed},
         unknown=unknown,
     )
+
+
+def _other_attention(configs: Sequence[Any]) -> str | None:
+    kinds = [getattr(config, "_attn_implementation", None) for config in configs]
+    return next((kind for kind in kinds if kind is not None and kind not in CAUGHT_ATTENTION), None)
+
+
+def _in_kernels(configs: Sequence[Any], kind: str) -> str | None:
+    for config in configs:
+        for key, value in getattr(config, "to_dict", dict)().items():
+            if "drop" in key and isinstance(value, float) and value > 0.0:
+                return f"model.attention={kind} with {key}={value:g} draws random numbers in kernels of its own"
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,12 +187,24 @@ def _streams() -> tuple[Any, ...]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())
 
 
-def _inputs(sample: Batch, rows: Sequence[int], *, less: int) -> dict[str, Tensor | bool]:
-    """These rows, with as many positions as ``STREAMS`` says but ``less``: their own, again and again."""
-    return {name: _part(sample, name, value, rows, less) for name, value in sample.inputs.items()}
+def _tokens(sample: Batch) -> dict[str, int]:
+    """How many positions of each input are tried, another number of each; no more than there are, if they do."""
+    tokens: dict[str, int] = {}
+    for stream, most in STREAMS.items():
+        ids = sample.inputs.get(stream)
+        number = min(most, max(FEWEST, ids.shape[1])) if isinstance(ids, Tensor) else most
+        tokens[stream] = number - (number in tokens.values())
+    return tokens
 
 
-def _part(sample: Batch, name: str, value: Tensor | bool, rows: Sequence[int], less: int) -> Tensor | bool:
+def _inputs(sample: Batch, rows: Sequence[int], tokens: Mapping[str, int]) -> dict[str, Tensor | bool]:
+    """These rows, with so many positions: their own, again and again."""
+    return {name: _part(sample, name, value, rows, tokens) for name, value in sample.inputs.items()}
+
+
+def _part(
+    sample: Batch, name: str, value: Tensor | bool, rows: Sequence[int], tokens: Mapping[str, int]
+) -> Tensor | bool:
     if not isinstance(value, Tensor):
         return value
     stream = next(stream for stream in reversed(STREAMS) if name.startswith(stream.removesuffix("input_ids")))
@@ -177,15 +212,15 @@ def _part(sample: Batch, name: str, value: Tensor | bool, rows: Sequence[int], l
     value = value[rows]
     for dim in range(1, value.ndim):
         if isinstance(ids, Tensor) and value.shape[dim] == ids.shape[1]:
-            value = value.index_select(dim, torch.arange(STREAMS[stream] - less) % ids.shape[1])
+            value = value.index_select(dim, torch.arange(tokens[stream]) % ids.shape[1])
     return value
 
 
-def _counted(one: _Found, other: _Found) -> Dimensions | None:
+def _counted(one: _Found, other: _Found, tokens: Mapping[str, int]) -> Dimensions | None:
     """What the dimensions count; None if that is not known, or if no rows or no positions are among them."""
     if len(one.shape) != len(other.shape) or len(one.shape) < 2:
         return None
-    counted = [_meaning(a, b) for a, b in zip(one.shape, other.shape, strict=True)]
+    counted = [_meaning(a, b, tokens) for a, b in zip(one.shape, other.shape, strict=True)]
     of_rows = [i for i, dim in enumerate(counted) if dim and ROWS in dim]
     of_positions = [dim for dim in counted if dim and dim[-1].stream]
     if len(of_rows) != 1 or not of_positions or None in counted:
@@ -196,12 +231,12 @@ def _counted(one: _Found, other: _Found) -> Dimensions | None:
     return tuple(dim for dim in counted if dim) if same else None
 
 
-def _meaning(size: int, other: int) -> tuple[Dimension, ...] | None:
+def _meaning(size: int, other: int, tokens: Mapping[str, int]) -> tuple[Dimension, ...] | None:
     """Of a dimension that had these sizes in the two trials."""
     if size == other:
         return (Dimension(features=size),)
     meanings: dict[tuple[int, int], tuple[Dimension, ...]] = {(2, 3): (ROWS,)}
-    for stream, tokens in STREAMS.items():
+    for stream, number in tokens.items():
         positions = Dimension(stream=stream)
-        meanings |= {(tokens, tokens - 1): (positions,), (2 * tokens, 3 * (tokens - 1)): (ROWS, positions)}
+        meanings |= {(number, number - 1): (positions,), (2 * number, 3 * (number - 1)): (ROWS, positions)}
     return meanings.get((size, other))

@@ -1,6 +1,7 @@
 """From a whole model to one rank's part of it, ready to learn: the passes of a layout, one after the other."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,7 +51,9 @@ class Built:
     schedule: Schedule
     split: Callable[[Batch], Batch]
     """This rank's part of a micro-batch."""
-    by_chance: str | None = None
+    drawing: Callable[[int, Batch], AbstractContextManager[None]]
+    """What is in force while a step's micro-batch runs forward: it says what is dropped."""
+    by_chance: str | None
     """What of the model is random other than by step, sequence and position; None if nothing."""
 
 
@@ -108,7 +111,7 @@ def build(
     dealt = cut_experts(model, mesh, held)
     held |= dealt
     if dropout is not None:
-        dropout.install(model)
+        dropout.install(model, held)
     model.train()
     if mesh.states_mesh is None:
         model.to(device)  # sharding moves a block at a time: the device need not hold all
@@ -138,6 +141,7 @@ def build(
         if stages is None
         else Pipelined(stages, mesh, objective, seed=seed, device=device, dropout=dropout),
         split=context.split if context is not None else lambda batch: batch,
+        drawing=dropout.drawing if dropout is not None else lambda *_: nullcontext(),
         by_chance=places.unknown,
     )
 

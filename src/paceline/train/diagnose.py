@@ -1,8 +1,8 @@
 """Where a value stopped being finite."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from paceline.errors import NonFiniteElsewhere, NonFiniteError
 from paceline.objectives.base import Batch, Objective
 from paceline.train.replica import ModuleReplica
 
+Drawing = Callable[[Batch], AbstractContextManager[None]]
+
 
 def locate(
     error: NonFiniteError,
@@ -20,20 +22,23 @@ def locate(
     objective: Objective,
     batches: Iterable[Batch],
     where: str,
+    drawing: Drawing = lambda _: nullcontext(),
 ) -> NonFiniteError:
     """Run the micro-batches forward and backward once more and name the first value that is not finite.
 
     The weights must still be those of the failed step, whose gradients are lost. Returns the error to raise on this
-    rank. The ranks of one replica need each other in every pass, so they run the same ones, forward only.
+    rank. The ranks of one replica need each other in every pass, so they run the same ones, forward only. ``drawing``:
+    what is in force during a micro-batch's forward pass, so that it drops out as it did.
     """
     if replica.mesh.world.size > 1:
-        return _locate_together(error, model, replica, objective, batches, where)
+        return _locate_together(error, model, replica, objective, batches, where, drawing)
     clear = replica.optimizer.zero_grad  # in mixed precision the gradients are the masters', not the model's
     replica.expect(False)  # a sync must not send these gradients
     clear(set_to_none=True)
     for i, batch in enumerate(batches):
         with watch(model) as found:
-            loss = objective.loss(model, batch)
+            with drawing(batch):
+                loss = objective.loss(model, batch)
             if not found and math.isfinite(loss.item()):
                 loss.backward()
         found += [f"the gradient of {s.name}" for s in replica.shards if not found and _bad(s.parameter.grad)]
@@ -51,13 +56,15 @@ def _locate_together(
     objective: Objective,
     batches: Iterable[Batch],
     where: str,
+    drawing: Drawing,
 ) -> NonFiniteError:
     replica.optimizer.zero_grad(set_to_none=True)
     first = None
     with watch(model) as found:
         if replica.mesh.pipeline.size == 1:
             for i, batch in enumerate(batches):
-                objective.loss(model, batch)
+                with drawing(batch):
+                    objective.loss(model, batch)
                 if found and first is None:
                     first = _located(error, found[0], f"{where}, micro-batch {i}")
         elif found:  # a stage alone cannot run; its weights can be looked at

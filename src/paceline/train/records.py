@@ -49,8 +49,8 @@ def _warnings(parts: Parts) -> Iterator[str]:
         yield parts.loader.warning
     if parts.built.by_chance:
         yield (
-            f"{parts.built.by_chance}: what it draws follows from seed, step and micro-batch, so another batch.micro "
-            "or number of replicas draws something else"
+            f"{parts.built.by_chance}: so all that is random follows from seed, step and micro-batch, and with another "
+            "batch.micro or number of replicas something else is drawn"
         )
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -147,7 +148,8 @@ class Loop:
         except NonFiniteError as error:
             where = f"replica {self.coordinates.replica}, rank {self.coordinates.rank}"
             device_batches = [batch.to(parts.world.device.torch_device) for batch in batches]
-            raise locate(error, built.model, built.replica, parts.objective, device_batches, where) from None
+            drawing = partial(built.drawing, step)
+            raise locate(error, built.model, built.replica, parts.objective, device_batches, where, drawing) from None
         step_s = time.perf_counter() - start
         self.step = step
         self.sequences_seen += parts.batch.sequences
