@@ -37,12 +37,14 @@ Outlet = tuple[nn.Module, int]
 """A module, and which of its outputs are a router's logits."""
 
 
-def balanced(model: nn.Module, objective: Objective, sample: Batch, mesh: Mesh, *, sequence: bool) -> Objective:
+def balanced(
+    model: nn.Module, objective: Objective, sample: Batch, mesh: Mesh, *, sequence: bool, compiled: bool = False
+) -> Objective:
     """The objective with the balance loss added to it in training, if the config of a whole model asks for it.
 
     It does by ``output_router_logits: true``, which is switched off in the model: what the family would make of a
     micro-batch is not used. ``sample`` is a small micro-batch, on which ours is compared with the family's. Raises
-    ``PlanError`` for a family that computes something else, and for a pipeline.
+    ``PlanError`` for a family that computes something else, for a pipeline, and for compiled blocks.
     """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -52,6 +54,11 @@ def balanced(model: nn.Module, objective: Objective, sample: Batch, mesh: Mesh, 
         raise PlanError(
             f"layout.pipeline={mesh.pipeline.size}: output_router_logits=true adds a loss that takes the routers of "
             "all blocks together, which no stage has. Use output_router_logits=false, or pipeline=1"
+        )
+    if compiled:
+        raise PlanError(
+            "train.compile=true with output_router_logits=true is not built: routers are watched, which compiled blocks "
+            "do not allow. Use train.compile=false, or output_router_logits=false"
         )
     hugging_face: Any = model
     balance = Balance(
