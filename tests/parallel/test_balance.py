@@ -146,6 +146,12 @@ def test_a_pipeline_is_refused():
         made(mesh=stages)
 
 
+def test_compiled_blocks_are_refused():
+    model = build("mixtral", ASKED)
+    with pytest.raises(PlanError, match=r"train\.compile=true with output_router_logits=true"):
+        balanced(model, Summed(), batch_of(model, "causal", 12), Mesh.alone(), sequence=False, compiled=True)
+
+
 def test_a_family_without_such_a_loss_is_refused():
     with pytest.raises(PlanError, match="DeepseekV3ForCausalLM has no balance loss"):
         made("deepseek_v3")

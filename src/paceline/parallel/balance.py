@@ -57,8 +57,8 @@ def balanced(
         )
     if compiled:
         raise PlanError(
-            "train.compile=true with output_router_logits=true is not built: routers are watched, which compiled blocks "
-            "do not allow. Use train.compile=false, or output_router_logits=false"
+            "train.compile=true with output_router_logits=true is not built: routers are watched, and compiled blocks "
+            "do not allow it. Use train.compile=false, or output_router_logits=false"
         )
     hugging_face: Any = model
     balance = Balance(
