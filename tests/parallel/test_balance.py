@@ -157,6 +157,14 @@ def test_a_family_without_such_a_loss_is_refused():
         made("deepseek_v3")
 
 
+def test_a_family_that_does_not_say_how_much_it_counts_is_refused(monkeypatch):
+    model = build("mixtral", ASKED)
+    del model.router_aux_loss_coef, model.config.router_aux_loss_coef
+    monkeypatch.delattr(type(model.config), "router_aux_loss_coef")  # the default
+    with pytest.raises(PlanError, match="MixtralForCausalLM does not say its router_aux_loss_coef"):
+        balanced(model, Summed(), batch_of(model, "causal", TOKENS), Mesh.alone(), sequence=False)
+
+
 def test_a_family_with_another_loss_is_refused(monkeypatch):
     theirs = modeling_mixtral.load_balancing_loss_func
     monkeypatch.setattr(modeling_mixtral, "load_balancing_loss_func", lambda *given: theirs(*given) - 1)

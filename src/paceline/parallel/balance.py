@@ -60,10 +60,17 @@ def balanced(
             "train.compile=true with output_router_logits=true is not built: routers are watched, and compiled blocks "
             "do not allow it. Use train.compile=false, or output_router_logits=false"
         )
-    hugging_face: Any = model
+    coefficient, choices = (
+        getattr(model, key, getattr(config, key, None)) for key in ("router_aux_loss_coef", "num_experts_per_tok")
+    )
+    if coefficient is None or choices is None:
+        raise PlanError(
+            f"output_router_logits=true: {type(model).__name__} does not say its router_aux_loss_coef and "
+            "num_experts_per_tok, so its balance loss is another one than is built. Use output_router_logits=false"
+        )
     balance = Balance(
-        coefficient=float(getattr(config, "router_aux_loss_coef", 0.0)),
-        choices=int(getattr(hugging_face, "num_experts_per_tok", 0)),
+        coefficient=float(coefficient),
+        choices=int(choices),
         context=mesh.context,
         sequence=mesh.tensor if sequence else Axis(name="tensor"),
     )
