@@ -146,9 +146,23 @@ def test_a_pipeline_is_refused():
         made(mesh=stages)
 
 
+def test_compiled_blocks_are_refused():
+    model = build("mixtral", ASKED)
+    with pytest.raises(PlanError, match=r"train\.compile=true with output_router_logits=true"):
+        balanced(model, Summed(), batch_of(model, "causal", 12), Mesh.alone(), sequence=False, compiled=True)
+
+
 def test_a_family_without_such_a_loss_is_refused():
     with pytest.raises(PlanError, match="DeepseekV3ForCausalLM has no balance loss"):
         made("deepseek_v3")
+
+
+def test_a_family_that_does_not_say_how_much_it_counts_is_refused(monkeypatch):
+    model = build("mixtral", ASKED)
+    del model.router_aux_loss_coef, model.config.router_aux_loss_coef
+    monkeypatch.delattr(type(model.config), "router_aux_loss_coef")  # the default
+    with pytest.raises(PlanError, match="MixtralForCausalLM does not say its router_aux_loss_coef"):
+        balanced(model, Summed(), batch_of(model, "causal", TOKENS), Mesh.alone(), sequence=False)
 
 
 def test_a_family_with_another_loss_is_refused(monkeypatch):

@@ -209,6 +209,15 @@ def with_a_scale():
     return model
 
 
+def with_an_expert_that_is_none():
+    """A choice beyond the experts, which the family leaves out."""
+    model = build("mixtral")
+    model.model.layers[1].mlp.gate.register_forward_hook(
+        lambda _, __, out: (*out[:2], torch.full_like(out[2], EXPERTS))
+    )
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "size", "message"),
     [
@@ -216,6 +225,7 @@ def with_a_scale():
         (lambda: build("mixtral"), 3, r"=3 does not divide the 4 experts of model.layers.0.mlp.experts. Use expert=2"),
         (with_a_scale, 2, r"layers.1.mlp.experts, a MixtralExperts, has parameters of shapes .*\(3,\).*num_experts=4"),
         (weighted, 2, r"model.layers.1.mlp.experts, a Weighted, makes something else of tokens"),
+        (with_an_expert_that_is_none, 2, r"model.layers.1.mlp.experts, a MixtralExperts, makes something else"),
     ],
 )
 def test_what_cannot_be_dealt_out_is_refused(model, size, message):

@@ -62,6 +62,32 @@ def test_a_run_goes_on_under_another_layout(tmp_path, one_process, path):
         assert error <= FP32_RUN, name
 
 
+MIXTURE = (
+    "model.config.model_type=mixtral",
+    "model.config.num_local_experts=4",
+    "model.config.num_key_value_heads=1",
+    "optimizer={name: adamw, lr: 0.01}",
+)
+DEALT = ["layout.shard=2", "layout.expert=2"]
+IN_SLICES = ["layout.context=2", "layout.tensor=2", "layout.expert=2"]
+
+
+@pytest.mark.slow
+def test_a_mixture_goes_on_with_its_experts_elsewhere(tmp_path):
+    """From whole experts on two ranks to slices of them on four, and to one process."""
+    seen = {}
+    for name, parts in {"alone": ([], [], []), "dealt": (DEALT, IN_SLICES, [])}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for steps, overrides in zip((2, 4, 6), parts, strict=True):
+            ran(folder, *MIXTURE, *overrides, f"train.steps={steps}")
+        seen[name] = losses(folder), load_file(folder / "run" / "export" / "model.safetensors")
+    assert seen["dealt"][0] == pytest.approx(seen["alone"][0], rel=10 * FP32_LOSS)
+    for name, tensor in seen["alone"][1].items():
+        error = torch.linalg.vector_norm(seen["dealt"][1][name] - tensor) / torch.linalg.vector_norm(tensor)
+        assert error <= FP32_RUN, name
+
+
 def test_a_run_of_several_ranks_goes_back_to_an_earlier_step(tmp_path, one_process):
     ran(tmp_path, "layout.shard=2", "layout.tensor=2")
     ran(tmp_path, "layout.shard=2", "layout.tensor=2", "checkpoint.resume=3")

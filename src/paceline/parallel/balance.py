@@ -37,12 +37,14 @@ Outlet = tuple[nn.Module, int]
 """A module, and which of its outputs are a router's logits."""
 
 
-def balanced(model: nn.Module, objective: Objective, sample: Batch, mesh: Mesh, *, sequence: bool) -> Objective:
+def balanced(
+    model: nn.Module, objective: Objective, sample: Batch, mesh: Mesh, *, sequence: bool, compiled: bool = False
+) -> Objective:
     """The objective with the balance loss added to it in training, if the config of a whole model asks for it.
 
     It does by ``output_router_logits: true``, which is switched off in the model: what the family would make of a
     micro-batch is not used. ``sample`` is a small micro-batch, on which ours is compared with the family's. Raises
-    ``PlanError`` for a family that computes something else, and for a pipeline.
+    ``PlanError`` for a family that computes something else, for a pipeline, and for compiled blocks.
     """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -53,10 +55,22 @@ def balanced(model: nn.Module, objective: Objective, sample: Batch, mesh: Mesh, 
             f"layout.pipeline={mesh.pipeline.size}: output_router_logits=true adds a loss that takes the routers of "
             "all blocks together, which no stage has. Use output_router_logits=false, or pipeline=1"
         )
-    hugging_face: Any = model
+    if compiled:
+        raise PlanError(
+            "train.compile=true with output_router_logits=true is not built: routers are watched, and compiled blocks "
+            "do not allow it. Use train.compile=false, or output_router_logits=false"
+        )
+    coefficient, choices = (
+        getattr(model, key, getattr(config, key, None)) for key in ("router_aux_loss_coef", "num_experts_per_tok")
+    )
+    if coefficient is None or choices is None:
+        raise PlanError(
+            f"output_router_logits=true: {type(model).__name__} does not say its router_aux_loss_coef and "
+            "num_experts_per_tok, so its balance loss is another one than is built. Use output_router_logits=false"
+        )
     balance = Balance(
-        coefficient=float(getattr(config, "router_aux_loss_coef", 0.0)),
-        choices=int(getattr(hugging_face, "num_experts_per_tok", 0)),
+        coefficient=float(coefficient),
+        choices=int(choices),
         context=mesh.context,
         sequence=mesh.tensor if sequence else Axis(name="tensor"),
     )

@@ -41,8 +41,9 @@ class Dropout:
 
     def install(self, model: nn.Module, held: Mapping[str, Held]) -> None:
         """Number the dropouts of a model, or of what is left of it on this rank, before blocks are recomputed."""
-        cut = [own for own in held.values() if own.dim is not None and len(own.runs) > 1]
-        self.fused = frozenset(own.full_shape[own.dim] for own in cut if own.dim is not None)
+        self.fused = frozenset(
+            own.full_shape[cut.dim] for own in held.values() for cut in own.cuts if len(cut.runs) > 1
+        )
         enter(model, self.places.names, lambda: self._pass.numbering if self._pass else None)
 
     def drawing(self, step: int, batch: Batch, begun: Mapping[str, int] | None = None) -> AbstractContextManager[None]:

@@ -161,8 +161,10 @@ def _try(model: nn.Module, sample: Batch, found: Mapping[str, Any], size: int) -
     def compare(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
             played = _played(module, *_named(tuple(inspect.signature(module.forward).parameters), args, kwargs), size)
-            apart = float((played - output).abs().max()) if played.shape == output.shape else math.inf
-            errors[name] = max(errors.get(name, 0.0), apart / max(float(output.abs().max()), SMALLEST))
+            apart = math.inf if played is None else float((played - output).abs().max())
+            error = apart / max(float(output.abs().max()), SMALLEST)
+            if not error <= errors.setdefault(name, 0.0):  # also what is not a number
+                errors[name] = error
 
         return hook
 
@@ -183,10 +185,10 @@ def _try(model: nn.Module, sample: Batch, found: Mapping[str, Any], size: int) -
             )
 
 
-def _played(module: Any, hidden_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, size: int) -> Tensor:
-    """The output of a module of experts, made by ``size`` ranks that each have some of them; NaN if it cannot be."""
-    if int(chosen_TK.max()) >= module.num_experts:
-        return torch.full_like(hidden_TD, math.nan)
+def _played(module: Any, hidden_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, size: int) -> Tensor | None:
+    """The output of a module of experts, made by ``size`` ranks that each have some of them; None if it cannot be."""
+    if hidden_TD.ndim != 2 or int(chosen_TK.max()) >= module.num_experts:
+        return None
     order = chosen_TK.flatten().argsort(stable=True)
     rows_RD, chosen_R = hidden_TD[order // chosen_TK.shape[1]], chosen_TK.flatten()[order]
     own, made = module.num_experts // size, []

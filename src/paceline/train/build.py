@@ -95,7 +95,7 @@ def build(
     whole = _state_names(model)
     held: dict[str, Held] = {}
     stages = context = None
-    objective = balanced(model, goal.objective, goal.sample, mesh, sequence=layout.sequence)
+    objective = balanced(model, goal.objective, goal.sample, mesh, sequence=layout.sequence, compiled=compiled)
     if mesh.context.size > 1:
         check_context(model, goal.options, goal.context, attention=layout.attention, size=mesh.context.size)
     if mesh.expert.size > 1:
