@@ -77,6 +77,12 @@ def test_sizes_are_reported_under_the_names_of_the_family():
     assert problems({**TINY["t5"][1], "d_kv": -8}) == ["model.config.d_kv=-8: expected at least 1"]
 
 
+def test_both_spellings_of_an_attribute_are_known():
+    """Qwen3-MoE's field is num_experts; its saved configs say num_local_experts."""
+    plain = {key: value for key, value in TINY["qwen3_moe"][1].items() if key != "num_experts"}
+    assert problems({**plain, "num_experts": 4}) == problems({**plain, "num_local_experts": 4}) == []
+
+
 def test_more_experts_than_there_are_cannot_be_chosen():
     found = problems({**TINY["mixtral"][1], "num_experts_per_tok": 5})
     assert found == ["model.config.num_experts_per_tok=5: expected at most the number of experts, 4"]

@@ -1,8 +1,9 @@
 """How a rank holds a parameter that is not whole, or not alone, on it.
 
 A pass that cuts parameters (tensor, expert) replaces each by a plain parameter of the same name that holds this
-rank's part, and says so by one ``Held``. Sharding over ``states`` comes after, and cuts what is left along its first
-dimension. A parameter of which a pass says nothing is whole, and every rank of the axis computes its whole gradient.
+rank's part, and says so by one ``Held``. Sharding over ``states`` (of experts that are dealt out, over
+``expert_states``) comes after, and cuts what is left along its first dimension. A parameter of which a pass says
+nothing is whole, and every rank of the axis computes its whole gradient.
 """
 
 from collections.abc import Sequence
