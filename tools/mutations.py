@@ -1,0 +1,524 @@
+"""Mistakes to make on purpose: what ``mutants.py`` changes, where, and on which model verify should notice.
+
+Most are after real ones of training systems that went unnoticed for months; each is what that mistake would be here.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake."""
+
+    name: str
+    path: str
+    """In the package."""
+    old: str
+    """Stands there once."""
+    new: str
+    layouts: str
+    """Those that should notice first; all are among the default ones."""
+    family: str = "llama"
+    """Of ``layout_matrix.FAMILIES``."""
+
+
+MUTATIONS = (
+    # Loss, and what it is divided by
+    Mutation(
+        "each micro-batch is divided by its own targets, and by their number",
+        "schedule/accumulate.py",
+        "(loss * scale).backward()",
+        "(loss / max(1, batch.count) / len(batches)).backward()",
+        "accumulate=3",
+    ),
+    Mutation(
+        "targets are not counted over replicas",
+        "sync/all_reduce.py",
+        "return int(total.item())",
+        "return count * self.link.size",
+        "replicas=2",
+    ),
+    Mutation(
+        "targets are not counted over shard and context ranks",
+        "train/step.py",
+        "(own_targets,), _ = replica.total([sum(batch.count for batch in batches)])",
+        "own_targets = replica.mesh.states.size * sum(batch.count for batch in batches)",
+        "shard=2",
+    ),
+    Mutation(
+        "every context rank counts all targets of a sequence",
+        "parallel/context.py",
+        "count = int((labels != NO_TARGET).sum())",
+        "count = batch.count",
+        "context=2",
+    ),
+    Mutation(
+        "the last target of every piece of a sequence is lost, as if labels were shifted after the cut",
+        "parallel/context.py",
+        "labels = batch.labels[:, places_P].masked_fill(fill_P, NO_TARGET)",
+        "labels = batch.labels[:, places_P].masked_fill(fill_P | "
+        "(columns_P % max(1, padded // (2 * self._size)) == 0), NO_TARGET)",
+        "context=2",
+    ),
+    Mutation(
+        "rows that only fill up a micro-batch count",
+        "data/loader.py",
+        "sequence=first + slot, weight=0.0)",
+        "sequence=first + slot, weight=share[0].weight)",
+        "replicas=2",
+    ),
+    Mutation(
+        "a micro-batch without targets counts as one",
+        "objectives/base.py",
+        "count=int(np.count_nonzero(labels != NO_TARGET)),",
+        "count=max(1, int(np.count_nonzero(labels != NO_TARGET))),",
+        "accumulate=15",
+    ),
+    Mutation(
+        "the loss over a cut vocabulary takes labels for columns of the first rank",
+        "objectives/cross_entropy.py",
+        "columns_N1 = labels_N1 - cut.start",
+        "columns_N1 = labels_N1 - 0 * cut.start",
+        "tensor=2",
+    ),
+    Mutation(
+        "the greatest logit of all ranks is taken for this rank's own sum",
+        "objectives/cross_entropy.py",
+        "sum_N1 = (sum_NR * (greatest_NR - greatest_N1).exp()).sum(1, keepdim=True)",
+        "sum_N1 = sum_NR.sum(1, keepdim=True)",
+        "tensor=2",
+    ),
+    Mutation(
+        "the gradient of hidden states from a cut head is not added up",
+        "parallel/vocabulary.py",
+        "lambda _, args: (copy(args[0], cut.axis, where=where), *args[1:])",
+        "lambda _, args: args",
+        "tensor=2",
+    ),
+    Mutation(
+        "held-out rows that fill up a rank's share count",
+        "data/loader.py",
+        "weight=1.0 if place < chosen else 0.0",
+        "weight=1.0",
+        "shard=2",
+    ),
+    # Accumulation, pipelines, exchange between replicas
+    Mutation(
+        "the schedule divides gradients by its micro-batches",
+        "schedule/pipeline.py",
+        '"scale_grads": False',
+        '"scale_grads": True',
+        "pipeline=2",
+    ),
+    Mutation(
+        "a pipeline divides by the targets in its log only",
+        "schedule/stage.py",
+        "return loss * self.scale",
+        "return loss",
+        "pipeline=2",
+    ),
+    Mutation(
+        "the gradients of a table tied over two stages are never added",
+        "parallel/stages.py",
+        "summed_over=lines[tuple(line)]",
+        "summed_over=None",
+        "pipeline=2",
+    ),
+    Mutation(
+        "a stage takes masks and positions of the first micro-batch for all",
+        "schedule/stage.py",
+        "batch = self.batches[micro_batch]",
+        "batch = self.batches[0]",
+        "pipeline=2",
+    ),
+    Mutation(
+        "the second half of a split backward pass passes over what entered late",
+        "schedule/split.py",
+        "if self.apart:",
+        "if False:",
+        "pipeline=2,schedule=zbv,zero=2",
+        "t5",
+    ),
+    Mutation(
+        "gradients arriving over two borders of a split backward pass are counted twice",
+        "schedule/split.py",
+        "if len(borders) > 1 else []",
+        "if len(borders) > 1000 else []",
+        "pipeline=2,schedule=zbv,zero=2; pipeline=2,schedule=interleaved_zero_bubble,zero=2",
+    ),
+    Mutation(
+        "ZeRO 1 sums gradients after every micro-batch but the last",
+        "parallel/shard.py",
+        "self._modules[-1].set_requires_gradient_sync(last)",
+        "self._modules[-1].set_requires_gradient_sync(not last)",
+        "shard=2,zero=1",
+    ),
+    Mutation(
+        "gradients are exchanged before the last micro-batch has added to them",
+        "train/replica.py",
+        "if self._last and name not in self._late:",
+        "if name not in self._late:",
+        "replicas=2",
+    ),
+    Mutation(
+        "gradients of which ranks have parts are exchanged before the parts are added",
+        "train/replica.py",
+        "if self._last and name not in self._late:",
+        "if self._last:",
+        "replicas=2,tensor=2,sequence=true,recompute=full",
+    ),
+    Mutation(
+        "a bucket is sent when it still waits for one gradient",
+        "sync/all_reduce.py",
+        "self._buckets[self._launched].waiting == 0",
+        "self._buckets[self._launched].waiting <= 1",
+        "replicas=2",
+    ),
+    Mutation(
+        "a tensor larger than a bucket is never sent",
+        "sync/all_reduce.py",
+        "        buckets[-1].append(index)\n",
+        "        if numels[index] <= most:\n            buckets[-1].append(index)\n",
+        "replicas=2",
+    ),
+    Mutation(
+        "sums over replicas are divided once more",
+        "sync/all_reduce.py",
+        "shard.set_gradient(view if mark > 0 else None)",
+        "shard.set_gradient(view / mark if mark > 0 else None)",
+        "replicas=2",
+    ),
+    Mutation(
+        "shard ranks average gradients",
+        "parallel/shard.py",
+        "module.set_gradient_divide_factor(1.0)",
+        "module.set_gradient_divide_factor(float(mesh.states.size))",
+        "shard=2",
+    ),
+    Mutation(
+        "shard ranks learn from the same rows",
+        "comm/world.py",
+        "return self.coordinates.replica * self.mesh.shard.size + self.mesh.shard.index",
+        "return self.coordinates.replica * self.mesh.shard.size",
+        "shard=2",
+    ),
+    Mutation(
+        "collectives run over the default group",
+        "comm/mesh.py",
+        "dist.all_reduce(tensor, group=self.group)",
+        "dist.all_reduce(tensor)",
+        "shard=2,tensor=2,context=2,recompute=selective; replicas=2,shard=2,tensor=2",
+    ),
+    Mutation(
+        "the parts of a gradient are not added at the end of a step",
+        "train/replica.py",
+        "        for axis, shards in self._summed:\n            _add_up(axis, shards, self._device)\n",
+        "",
+        "tensor=2,sequence=true",
+    ),
+    # Tensor and sequence
+    Mutation(
+        "norms that see their rank's tokens only are taken for whole",
+        "parallel/tensor.py",
+        """                    "to treat each position by itself. Use sequence=false"
+                )
+            self.parameters.in_parts(inner, key)""",
+        """                    "to treat each position by itself. Use sequence=false"
+                )""",
+        "tensor=2,sequence=true",
+    ),
+    Mutation(
+        "norms of heads are added up with sequence parallelism only",
+        "parallel/tensor.py",
+        "            if parameter not in self._is_whole:\n                self.parameters.in_parts(inner, key)",
+        "            if self._sequence and parameter not in self._is_whole:\n"
+        "                self.parameters.in_parts(inner, key)",
+        "tensor=2",
+        "qwen3",
+    ),
+    Mutation(
+        "the gradient of what enters a region is this rank's share",
+        "parallel/collectives.py",
+        "return ctx.axis.all_reduce(grad.contiguous().clone(), where=ctx.where), None, None",
+        "return grad, None, None",
+        "tensor=2",
+    ),
+    Mutation(
+        "the gradient of gathered pieces is not summed",
+        "parallel/collectives.py",
+        "return ctx.axis.reduce_scatter(grad, ctx.dim, where=ctx.where), None, None, None",
+        "return ctx.axis.piece(grad, ctx.dim).contiguous(), None, None, None",
+        "tensor=2,sequence=true",
+    ),
+    Mutation(
+        "the gradient of pieces gathered for equal work is summed all the same",
+        "parallel/collectives.py",
+        "return ctx.axis.piece(grad, ctx.dim).contiguous(), None, None, None",
+        "return ctx.axis.reduce_scatter(grad, ctx.dim), None, None, None",
+        "tensor=2,sequence=true",
+    ),
+    Mutation(
+        "query heads meet the wrong key/value heads where these do not divide",
+        "parallel/tensor_heads.py",
+        "needed = [head * self.key_value // self.query for head in self.own_queries]",
+        "needed = [head % self.key_value for head in self.own_queries]",
+        "tensor=4",
+    ),
+    Mutation(
+        "fused projections are cut as one",
+        "parallel/tensor_parameters.py",
+        "runs = even_runs([units] * parts, self._axis.size, self._axis.index, unit)",
+        "runs = even_runs([units * parts], self._axis.size, self._axis.index, unit)",
+        "tensor=2",
+        "phi3",
+    ),
+    Mutation(
+        "every rank adds the bias of a layer whose parts are summed",
+        "parallel/tensor_regions.py",
+        "if isinstance(self._linear, nn.Linear) else x @ weight)\n"
+        "        return output if bias is None else output + bias",
+        "if isinstance(self._linear, nn.Linear) else x @ weight + bias)\n        return output",
+        "tensor=2",
+        "gpt2",
+    ),
+    Mutation(
+        "the bias behind a scattered sum is taken for whole",
+        "parallel/tensor.py",
+        '        if border.sequence:\n            self.parameters.in_parts(linear, "bias")',
+        '        if False:\n            self.parameters.in_parts(linear, "bias")',
+        "tensor=2,sequence=true",
+        "gpt2",
+    ),
+    Mutation(
+        "each rank looks up its own rows only, and none are added",
+        "parallel/vocabulary.py",
+        "return all_reduce(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), self._cut.axis, where=self._where)",
+        "return rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)",
+        "tensor=2",
+    ),
+    # Norm and clipping
+    Mutation(
+        "what tensor ranks hold alike counts once for each in the norm",
+        "train/replica.py",
+        "return self.mesh.tensor.index == 0 if held is None else held.is_owner",
+        "return True if held is None else held.is_owner",
+        "tensor=2",
+    ),
+    Mutation(
+        "what tensor ranks hold parts of is left out of the norm, but for the first rank's",
+        "train/replica.py",
+        "return self.mesh.tensor.index == 0 if held is None else held.is_owner",
+        "return self.mesh.tensor.index == 0",
+        "tensor=2",
+    ),
+    Mutation(
+        "each stage clips by its own norm",
+        "train/replica.py",
+        'return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()',
+        'return self.mesh.states.all_reduce(squares, where="gradient norm").sqrt().cpu()',
+        "pipeline=2",
+    ),
+    Mutation(
+        "each shard clips by its own norm",
+        "train/replica.py",
+        'return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()',
+        'return self.mesh.tensor.all_reduce(squares, where="gradient norm").sqrt().cpu()',
+        "shard=2",
+    ),
+    # Context
+    Mutation(
+        "positions begin anew on every context rank",
+        "parallel/context.py",
+        "inputs |= {name: value[:, places_P] for name, value in whole.items()}",
+        'inputs |= {name: value[:, places_P] for name, value in whole.items()} | {"position_ids": '
+        "torch.arange(len(columns_P)).expand_as(labels)}",
+        "context=2",
+    ),
+    Mutation(
+        "documents see each other under context parallelism",
+        "parallel/context.py",
+        "            documents=part.documents,\n            tokens=tokens,",
+        "            documents=None,\n            tokens=tokens,",
+        "context=2",
+        "llama, untied",
+    ),
+    Mutation(
+        "keys and values that have gone round are taken for those of another rank",
+        "parallel/ring.py",
+        """keys[(axis.index - hop) % axis.size]):
+            part =""",
+        """keys[(axis.index + hop) % axis.size]):
+            part =""",
+        "context=4",
+    ),
+    Mutation(
+        "gradients of keys do not come home",
+        "parallel/ring.py",
+        "                grad_held += before()",
+        "                before()",
+        "context=2",
+    ),
+    Mutation(
+        "parts of a softmax are put together by the greater sum",
+        "parallel/ring.py",
+        "total = torch.logaddexp(lse, lse_BNR)",
+        "total = torch.maximum(lse, lse_BNR)",
+        "context=2",
+    ),
+    Mutation(
+        "key/value heads are repeated in the wrong order before they are dealt out",
+        "parallel/ulysses.py",
+        "(x.repeat_interleave(copies, 1) if copies > 1 else x",
+        "(x.repeat(1, copies, 1, 1) if copies > 1 else x",
+        "context=4,attention=ulysses",
+    ),
+    Mutation(
+        "the soft cap of scores is forgotten under context parallelism",
+        "parallel/context.py",
+        "            softcap=softcap,\n            dropout=dropout,",
+        "            softcap=None,\n            dropout=dropout,",
+        "context=2",
+        "gemma2",
+    ),
+    # Experts
+    Mutation(
+        "an expert's gradient is divided like any other",
+        "parallel/shard.py",
+        "module.set_gradient_divide_factor(1.0)",
+        "module.set_gradient_divide_factor(float(mesh.expert.size) if name in dealt else 1.0)",
+        "shard=2,expert=2",
+        "mixtral",
+    ),
+    Mutation(
+        "routers learn nothing from what other ranks' experts made",
+        "parallel/expert.py",
+        "made_TKD * weights_TK.unsqueeze(-1)",
+        "made_TKD * weights_TK.detach().unsqueeze(-1)",
+        "shard=2,expert=2",
+        "mixtral",
+    ),
+    Mutation(
+        "only the first rank's experts count in the norm",
+        "parallel/expert.py",
+        "whole = Held(full_shape=tuple(full.shape), is_owner=mesh.tensor.index == 0)",
+        "whole = Held(full_shape=tuple(full.shape), is_owner=mesh.tensor.index == 0 and axis.index == 0)",
+        "shard=2,expert=2",
+        "mixtral",
+    ),
+    Mutation(
+        "what experts made comes back in the order of experts",
+        "parallel/expert.py",
+        "made_RD[order.argsort()].unflatten(0, weights_TK.shape)",
+        "made_RD[order].unflatten(0, weights_TK.shape)",
+        "shard=2,expert=2",
+        "mixtral",
+    ),
+    Mutation(
+        "the balance loss takes a micro-batch for one sequence",
+        "parallel/balance.py",
+        "fraction_BE = counts[:, :experts] / counts[:, experts:].clamp(min=1)",
+        "fraction_BE = (counts[:, :experts].sum(0) / counts[:, experts:].sum().clamp(min=1)).expand_as(probability_BE)",
+        "accumulate=3",
+        "qwen3_moe",
+    ),
+    Mutation(
+        "each context rank balances its own part of a sequence",
+        "parallel/balance.py",
+        "for axis in (self.context, self.sequence):",
+        "for axis in (self.sequence,):",
+        "context=2",
+        "qwen3_moe",
+    ),
+    # Chance
+    Mutation(
+        "all data ranks drop out alike",
+        "parallel/dropout.py",
+        "return torch.tensor(self._sequences) if size == len(self._sequences) else None",
+        "return torch.arange(size) if size == len(self._sequences) else None",
+        "replicas=2",
+        "gpt2",
+    ),
+    Mutation(
+        "tensor ranks drop out their heads as if these were the first",
+        "parallel/dropout.py",
+        "return torch.arange(own.start, own.start + size) if is_piece else None",
+        "return torch.arange(size) if is_piece else None",
+        "tensor=2",
+        "gpt2",
+    ),
+    Mutation(
+        "a recomputed block drops out as the micro-batch does that is current by then",
+        "parallel/dropout.py",
+        "return nullcontext(), nullcontext() if self._pass is None else _Again(self._in_force, self._pass)",
+        "return nullcontext(), nullcontext()",
+        "recompute=full",
+        "gpt2",
+    ),
+    Mutation(
+        "context ranks drop out by their own positions",
+        "parallel/dropout.py",
+        "columns = torch.arange(whole) if self._columns is None else self._columns",
+        "columns = torch.arange(whole)",
+        "context=2",
+        "gpt2",
+    ),
+    # Rows, rate, checkpoints
+    Mutation(
+        "ranks are dealt overlapping rows",
+        "data/loader.py",
+        "self._slots = rank + ranks * np.arange(",
+        "self._slots = 0 * rank + ranks * np.arange(",
+        "replicas=2",
+    ),
+    Mutation(
+        "the rate follows micro-batches, not steps",
+        "train/trainer.py",
+        "factor = parts.schedule_config.factor(step, parts.config.train.steps)",
+        "factor = parts.schedule_config.factor(step * len(batches), parts.config.train.steps)",
+        "accumulate=3",
+    ),
+    Mutation(
+        "a resumed run begins with the first sample again",
+        "train/trainer.py",
+        'self.sequences_seen = values["sequences_seen"]',
+        "self.sequences_seen = 0",
+        "shard=2",
+    ),
+    Mutation(
+        "a resumed run begins the schedule of the rate again",
+        "train/trainer.py",
+        "factor = parts.schedule_config.factor(step, parts.config.train.steps)",
+        'self.since = getattr(self, "since", 0) + 1\n'
+        "        factor = parts.schedule_config.factor(self.since, parts.config.train.steps)",
+        "shard=2",
+    ),
+    Mutation(
+        "the optimizer's state is not loaded",
+        "checkpoint/reader.py",
+        "            room.copy_(saved)",
+        '            if name.startswith("model/"):\n                room.copy_(saved)',
+        "shard=2",
+    ),
+    Mutation(
+        "the state of a cut parameter is saved as if the cut began at its first row",
+        "train/state.py",
+        "_with(block.start, dim, run.start + first - run.inner),",
+        "_with(block.start, dim, run.start),",
+        "tensor=2; replicas=2,shard=2,tensor=2",
+    ),
+    Mutation(
+        "of ranks that share states only the first reads its part of a checkpoint",
+        "checkpoint/reader.py",
+        "        for block in state.blocks:\n            saved, room",
+        "        for block in state.blocks[:1] if sum(state.blocks[0].start[:1]) == 0 else ():\n"
+        "            saved, room",
+        "shard=2",
+    ),
+    Mutation(
+        "ranks but the first cut their part one row off",
+        "parallel/held.py",
+        "local.narrow(dim, run.inner, run.size).copy_(full.narrow(dim, run.start, run.size))",
+        "local.narrow(dim, run.inner, run.size).copy_(full.narrow(dim, max(0, run.start - 1), run.size))",
+        "tensor=2",
+    ),
+)
