@@ -3,7 +3,7 @@ verify-all``."""
 
 import pytest
 
-from layout_matrix import FAMILIES, cases, differs, said
+from layout_matrix import FAMILIES, STEPS, cases, differs, said
 from paceline.verify.cases import SINGLE, parse
 from paceline.verify.run import Trial
 
@@ -26,7 +26,7 @@ def trial_of(pool):
 
     def get(family):
         if family not in trials:
-            trials[family] = Trial(FAMILIES[family].config(), pool)
+            trials[family] = Trial(FAMILIES[family].config(), pool, steps=STEPS)
         return trials[family]
 
     yield get
