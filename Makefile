@@ -20,7 +20,7 @@ echo "make: paceline needs Python 3.11 or newer; none of these is: $(PYTHONS). N
 exit 1
 endef
 
-.PHONY: help env demo test slow verify-all check format lint types layers docs-check docs wheel newest lock
+.PHONY: help env demo test slow verify-all any-model mutants check format lint types layers docs-check docs wheel newest lock
 help:
 	@sed -n 's/^# //p' Makefile | head -4; echo; grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
@@ -35,7 +35,13 @@ slow: env ## the tests that take long or download weights
 	@PYTHONPATH=build/weights $(BIN)/python -m pytest -m slow $(ARGS)
 
 verify-all: env ## every layout on every family against one process; writes docs/reference/layouts.md (long)
-	@$(BIN)/python tools/layout_matrix.py $(ARGS)
+	@$(BIN)/python -W ignore tools/layout_matrix.py $(ARGS)
+
+any-model: env ## four ways to cut, on every family of transformers; writes docs/reference/families.md (long)
+	@$(BIN)/python -W ignore tools/any_model.py $(ARGS)
+
+mutants: env ## mistakes made on purpose, which verify has to catch; writes docs/reference/mutants.md (long)
+	@$(BIN)/python tools/mutants.py $(ARGS)
 
 check: format lint types layers docs-check ## formatting, lint, types, layers and documentation
 
