@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from paceline.config import Config
 from paceline.errors import PacelineError
 from paceline.verify.cases import parse
-from paceline.verify.run import Trial
+from paceline.verify.run import PRELOAD, Trial
 from paceline.verify.subject import Subject
 from paceline.workers.pool import Pool
 
@@ -79,7 +79,7 @@ def reason_of(text: str) -> str:
 
 def tried(families: list[str]) -> Iterator[tuple[str, list[Cell] | str]]:
     """All families, telling of each."""
-    with Pool(2) as pool:
+    with Pool(2, PRELOAD) as pool:
         for family in families:
             result = attempt(family, pool)
             words = [result] if isinstance(result, str) else [f"{cell.verdict:<8}" for cell in result]

@@ -15,7 +15,7 @@ from pathlib import Path
 from paceline.config import Config
 from paceline.models.tiny import DROPOUTS, TINY
 from paceline.verify.cases import MIXTURE, SINGLE, TOGETHER, Case, parse
-from paceline.verify.run import Row, Trial
+from paceline.verify.run import PRELOAD, Row, Trial
 from paceline.workers.pool import Pool
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "layouts.md"
@@ -67,25 +67,34 @@ FAMILIES = {
 }
 """Five blocks each, which no number of stages divides; T5 has two and two."""
 DROPOUT = 0.1
+SEVERAL = (
+    "shard=4,zero=3",
+    "tensor=4",
+    "pipeline=4,schedule=1f1b",
+    "replicas=2,tensor=2,sequence=true,recompute=full",
+    "shard=2,tensor=2,pipeline=2,zero=2,schedule=1f1b",
+)
+"""Of ``TOGETHER``, what families other than Llama are tried under."""
 MARKS = {"equal": "yes", "refused": "refused"}
 
 INTRODUCTION = """# Which layouts are proven, on which families
 
 Written by `make verify-all`. A cell says `yes` where a small model of the family, trained under the layout for eight
 steps of SGD in fp64, held the same losses, gradients and parameters on every rank as one process did, within 1e-10, and
-saved and continued the same run half-way. The batch, the vocabulary, the blocks and the lengths of the rows divide by no number of
-ranks; two key/value heads meet up to four tensor ranks; some rows, and so some micro-batches, have no target. GPT-2,
-GPT-NeoX, BERT, ALBERT and T5 drop out a tenth wherever they can; in `llama, untied`, `qwen3` and `phi3` rows hold
-isolated documents, which cross the borders of context ranks; `qwen3_moe` learns with its balance loss. `refused` comes
-with the number of a reason below.
+saved and continued the same run half-way. The batch, the vocabulary, the blocks and the lengths of the rows divide by
+no number of ranks; two key/value heads meet up to four tensor ranks; some rows, and so some micro-batches, have no
+target. GPT-2, GPT-NeoX, BERT, ALBERT and T5 drop out a tenth wherever they can; in `llama, untied`, `qwen3` and `phi3`
+rows hold isolated documents, which cross the borders of context ranks; `qwen3_moe` learns with its balance loss.
+`refused` comes with the number of a reason below; what has no word was not tried.
 [What the comparison is](../guides/layouts.md#verify).
 """
 
 
 def cases(family: str) -> list[Case]:
-    """Mixtures get those with experts, Llama all pairs as well."""
+    """Llama gets all, and all pairs; other families some of what goes together, mixtures also what has experts."""
     is_mixture = any("experts" in key for key in TINY[FAMILIES[family].name][1])
-    several = [*parse("; ".join((*SINGLE, *TOGETHER, *(MIXTURE if is_mixture else ())))), *pairs(family)]
+    together = TOGETHER if family == "llama" else SEVERAL
+    several = [*parse("; ".join((*SINGLE, *together, *(MIXTURE if is_mixture else ())))), *pairs(family)]
     return [case for case in {case.name: case for case in several}.values() if case.ranks <= RANKS]
 
 
@@ -96,7 +105,7 @@ def pairs(family: str) -> list[Case]:
 
 def prove(families: list[str]) -> Iterator[tuple[str, Row]]:
     """Every cell, telling of it."""
-    with Pool(RANKS) as pool:
+    with Pool(RANKS, PRELOAD) as pool:
         for family in families:
             with Trial(FAMILIES[family].config(), pool, steps=STEPS) as trial:
                 for case in cases(family):

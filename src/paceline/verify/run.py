@@ -19,6 +19,7 @@ from paceline.verify.subject import Subject
 from paceline.workers.pool import Pool
 
 DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
+PRELOAD = (probe.__module__,)
 STEPS = 20
 SHUFFLED = 3
 """Rows of the first step whose tokens are put in disorder, to see whether a bound would notice."""
@@ -111,7 +112,10 @@ def verify(
     if not cases:
         raise ConfigError(f"layouts={layouts!r} names no layout")
     rows = []
-    with Pool(max(1, *(case.ranks for case in cases))) as pool, Trial(config, pool, dtype=dtype, full=full) as trial:
+    with (
+        Pool(max(1, *(case.ranks for case in cases)), PRELOAD) as pool,
+        Trial(config, pool, dtype=dtype, full=full) as trial,
+    ):
         if layouts == "all" and not trial.is_mixture:
             cases = [case for case in cases if case.layout.expert == 1]
         width = max(len(case.name) for case in cases)

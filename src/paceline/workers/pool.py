@@ -17,7 +17,9 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from paceline.errors import WorkerError
 
-PRELOAD = ["torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
+PRELOAD = ("torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama")
+CALLS = 8
+"""After so many a worker is replaced: groups of torch.distributed leave threads behind, which take turns for ever."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,14 @@ class Member:
 
 
 class Pool:
-    """Up to ``size`` workers on the processor, one thread each; a worker that dies is replaced before the next call."""
+    """Up to ``size`` workers on the processor, one thread each; a worker that dies is replaced before the next call.
 
-    def __init__(self, size: int) -> None:
+    ``preload`` names modules that functions will need; the first pool of a process says it for all.
+    """
+
+    def __init__(self, size: int, preload: tuple[str, ...] = ()) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
+        self._context.set_forkserver_preload([*PRELOAD, *preload])
         self._calls = itertools.count()
         self._workers = [self._start() for _ in range(size)]
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -46,9 +51,13 @@ class Pool:
         the time is over; the workers of a failed call are replaced.
         """
         call = next(self._calls)
+        assert ranks <= len(self._workers), f"the pool has {len(self._workers)} workers, {ranks} were asked for"
+        for index in range(ranks):
+            if self._workers[index].calls == CALLS:
+                self._replace(index)
         members = self._workers[:ranks]
-        assert len(members) == ranks, f"the pool has {len(self._workers)} workers, {ranks} were asked for"
         for index, worker in enumerate(members):
+            worker.calls += 1
             worker.connection.send((function, index, ranks, self._store.port, call, timeout_s, arguments))
         results: dict[int, Any] = {}
         try:
@@ -63,10 +72,8 @@ class Pool:
                         raise WorkerError(f"rank {index} of the pool: {value}")
                     results[index] = value
         except WorkerError:
-            for i in range(ranks):
-                self._workers[i].process.kill()
-                self._workers[i].process.join()
-                self._workers[i] = self._start()
+            for index in range(ranks):
+                self._replace(index)
             raise
         return [results[i] for i in range(ranks)]
 
@@ -89,6 +96,11 @@ class Pool:
         theirs.close()
         return _Worker(process, ours)
 
+    def _replace(self, index: int) -> None:
+        self._workers[index].process.kill()
+        self._workers[index].process.join()
+        self._workers[index] = self._start()
+
     @staticmethod
     def _receive(worker: "_Worker", index: int) -> tuple[bool, Any]:
         try:
@@ -99,10 +111,11 @@ class Pool:
         return answer
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Worker:
     process: Any
     connection: Connection
+    calls: int = 0
 
 
 def _serve(connection: Connection) -> None:
