@@ -147,14 +147,16 @@ def said() -> dict[tuple[str, str], str]:
     families: list[str] = []
     cells: dict[tuple[str, str], str] = {}
     for line in PAGE.read_text().splitlines():
-        first, *others = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        first, *others = [cell.strip() for cell in line.split("|")[1:-1]] or [""]
         if first == "layout":
             families = others
-        elif first.startswith("`") and not others[-1].startswith("`") and len(others) == len(families):
-            cells |= {(family, first.strip("`")): cell for family, cell in zip(families, others, strict=True)}
+        elif first.startswith("`") and len(others) == len(families):
+            cells |= {(family, first.strip("`")): cell for family, cell in zip(families, others, strict=True) if cell}
         elif first.startswith("`"):
             pairs = [first, *others]
-            cells |= {("llama", name.strip("`")): cell for name, cell in zip(pairs[::2], pairs[1::2], strict=False)}
+            cells |= {
+                ("llama", name.strip("`")): cell for name, cell in zip(pairs[::2], pairs[1::2], strict=True) if name
+            }
     return cells
 
 

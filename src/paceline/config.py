@@ -126,6 +126,8 @@ class LayoutConfig(Options):
     being computed with. On a machine without a device, where all is in main memory, it changes nothing."""
     tensor: Count = 1
     """Ranks that share each matrix."""
+    tensor_patterns: dict[Text, Text] | None = None
+    """How ``tensor`` cuts modules of a family without a plan: ``{mlp.up_proj: column, mlp.down_proj: row}``."""
     sequence: bool = False
     """Cut what lies between the matrices of ``tensor`` ranks along the sequence (sequence parallelism)."""
     pipeline: Count = 1

@@ -178,7 +178,12 @@ def test_patterns_come_before_the_rules_of_a_family():
 @pytest.mark.parametrize(
     ("model", "size", "options", "message"),
     [
-        (Gated, 2, {}, r"layout.tensor needs to know how Gated \(model_type None\) is cut.* Give patterns"),
+        (
+            Gated,
+            2,
+            {},
+            r"layout.tensor needs to know how Gated \(model_type None\) is cut.* Set layout.tensor_patterns",
+        ),
         (Gated, 2, {"patterns": {"up": "columns"}}, r"style 'columns'; expected one of column, "),
         (Gated, 2, {"patterns": {"upp": "column"}}, r"'upp' fits no module or parameter of Gated"),
         (Gated, 2, {"patterns": {"down": "row"}}, r"layers.0.down is cut, and nothing of layers.0 is a column"),

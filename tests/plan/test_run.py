@@ -42,6 +42,7 @@ def test_micro_stays_as_the_config_says():
         ({"sequence": True}, "layout.sequence=true"),
         ({"pipeline": 2, "schedule": "zbv", "shard": 2}, "zero=2"),
         ({"expert": 2}, "layout.expert=2"),
+        ({"tensor_patterns": {"up": "column"}}, "Set layout.tensor"),
         ({"shard": 2, "expert": 2, "compiled": True}, "train.compile=true with layout.expert=2"),
         ({"offload": True}, "layout.shard=1 shares nothing"),
         ({"offload": True, "shard": 2, "replicas": 2}, "Use replicas=1 and layout.shard=4"),

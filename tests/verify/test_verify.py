@@ -114,6 +114,25 @@ def test_near_ties_in_routing_are_judged_in_fp64(pool):
     assert row.difference.gradient.error < 1e-12
 
 
+def test_patterns_of_the_user_cut_what_has_no_plan(pool):
+    tree = config("llama").tree()
+    tree["model"]["config"] = {
+        "model_type": "ctrl",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "dff": 48,
+        "n_positions": 64,
+    }
+    refused = Config.parse(tree)
+    tree["layout"] = {"tensor": 2, "tensor_patterns": {"ffn.0": "column", "ffn.2": "row"}}
+    (case,) = parse("tensor=2")
+    for words, verdict in ((refused, "refused"), (Config.parse(tree), "equal")):
+        with Trial(words, pool, steps=4) as trial:
+            row = trial.judge(case)
+            assert row.verdict == verdict, row.text()
+
+
 def test_a_layout_that_chooses_other_experts_is_found():
     reference = {"a": [3, 1], "b": [2, 2]}
     halves = [{"routes": {"a": [2], "b": [1, 1]}}, {"routes": {"a": [1, 1], "b": [1, 1]}}]

@@ -165,7 +165,7 @@ class _Cutter:
                 lonely, style = (inward[0], "row") if inward else (outward[0], "column")
                 raise PlanError(
                     f"layout.tensor={self._axis.size}: {lonely} is cut, and nothing of {block} is a {style}, so that a "
-                    "region would have one end. Add a tensor pattern for the other, or use tensor=1"
+                    "region would have one end. Name the other in layout.tensor_patterns, or use tensor=1"
                 )
 
     def _is_attention(self, owner: str) -> bool:
@@ -190,7 +190,7 @@ class _Cutter:
         if rest:
             raise PlanError(
                 f"layout.tensor={self._axis.size}: the {features} features of {name} are not those of "
-                f"{' + '.join(map(str, parts))} heads. Use tensor=1, or a tensor pattern for it"
+                f"{' + '.join(map(str, parts))} heads. Use tensor=1, or name it in layout.tensor_patterns"
             )
         own = heads.own_features(parts, width)
         keys = {"weight": dim} | ({} if linear.bias is None else {"bias": 0})

@@ -114,17 +114,21 @@ def styles_of(model: nn.Module, patterns: Mapping[str, str] | None, *, is_stage:
     styles = _of_family(model, names)
     for pattern, style in (patterns or {}).items():
         if style not in STYLES:
-            raise PlanError(f"tensor pattern {pattern!r} has style {style!r}; expected one of {', '.join(STYLES)}")
+            raise PlanError(
+                f"layout.tensor_patterns: {pattern!r} has style {style!r}; expected one of {', '.join(STYLES)}"
+            )
         found = [name for name in names if _fits(pattern, name)]
         if not found and not is_stage:
-            raise PlanError(f"tensor pattern {pattern!r} fits no module or parameter of {type(model).__name__}")
+            raise PlanError(
+                f"layout.tensor_patterns: {pattern!r} fits no module or parameter of {type(model).__name__}"
+            )
         styles |= dict.fromkeys(found, style)
     styles = Styles({name: style for name, style in styles.items() if style != "whole"})
     if not {"row", "experts"} & set(styles.values()) and not (is_stage and not blocks(model)):
         raise PlanError(
-            f"layout.tensor needs to know how {type(model).__name__} (model_type {family}) is cut, and "
-            f"neither transformers nor paceline has a plan for it. Give patterns such as 'mlp.up_proj: column' and "
-            "'mlp.down_proj: row', or use tensor=1"
+            f"layout.tensor needs to know how {type(model).__name__} (model_type {family}) is cut, and neither "
+            "transformers nor paceline has a plan for it. Set layout.tensor_patterns, such as "
+            "{mlp.up_proj: column, mlp.down_proj: row}, or use tensor=1"
         )
     return styles
 

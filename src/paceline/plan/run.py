@@ -26,6 +26,8 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
             "train.compile=true with layout.recompute=selective is not built: compiled blocks choose for themselves "
             "what they keep. Use recompute=none or full"
         )
+    if layout.tensor_patterns and layout.tensor == 1:
+        raise PlanError("layout.tensor_patterns says how tensor ranks cut matrices. Set layout.tensor, or leave it out")
     if layout.sequence and layout.tensor == 1:
         raise PlanError(
             "layout.sequence=true cuts what lies between tensor ranks. Set layout.tensor, or sequence=false"

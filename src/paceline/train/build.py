@@ -104,7 +104,8 @@ def build(
         stages = cut_stages(model, mesh, schedule=layout.schedule, sample=goal.sample)
         model, held = stages.model, dict(stages.held)
     if mesh.tensor.size > 1:
-        held = _merged(held, cut_tensor(model, mesh, sequence=layout.sequence), mesh.tensor)
+        cut = cut_tensor(model, mesh, sequence=layout.sequence, patterns=layout.tensor_patterns)
+        held = _merged(held, cut, mesh.tensor)
         check_routers(objective, model, held, mesh)
     if mesh.context.size > 1:
         context = cut_context(model, mesh, attention=layout.attention, dropout=dropout)

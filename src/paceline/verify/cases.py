@@ -120,9 +120,10 @@ class Case:
         rate changes from step to step; clipping is active; gradients travel in several buckets. Without a word of its
         own a case takes two micro-batches a step, and one after it was resumed.
         """
+        patterns = base.layout.tensor_patterns if self.layout.tensor > 1 else None
         return base.model_copy(
             update={
-                "layout": self.layout,
+                "layout": self.layout.model_copy(update={"tensor_patterns": patterns}),
                 "replicas": self.replicas,
                 "batch": BatchConfig(
                     sequences=SEQUENCES, sequence_tokens=SEQUENCE_TOKENS, micro=self._micro(1 if resumed else 2)
@@ -146,7 +147,7 @@ class Case:
     @property
     def name(self) -> str:
         """As the command line spells it."""
-        given = self.layout.model_dump(exclude_defaults=True)
+        given = self.layout.model_dump(exclude_defaults=True, exclude={"tensor_patterns"})
         given |= {"replicas": self.replicas} if self.replicas > 1 else {}
         given |= {"accumulate": self.accumulate} if self.accumulate else {}
         return ",".join(f"{key}={str(value).lower()}" for key, value in given.items()) or "one process"
