@@ -119,8 +119,13 @@ def page(rows: list[tuple[str, Row]], families: list[str]) -> str:
     reasons = list(dict.fromkeys(row.reason for _, row in rows if row.verdict == "refused"))
     cells = {(family, row.layout): row for family, row in rows}
     counts = {verdict: sum(row.verdict == verdict for _, row in rows) for verdict in ("equal", "refused")}
+    wrong = len(rows) - sum(counts.values())
     common = [case.name for case in parse("; ".join((*SINGLE, *TOGETHER, *MIXTURE))) if case.ranks <= RANKS]
-    lines = [INTRODUCTION, f"{counts['equal']} cells are proven, {counts['refused']} refused, none is wrong.", ""]
+    lines = [
+        INTRODUCTION,
+        f"{counts['equal']} cells are proven, {counts['refused']} refused, {wrong or 'none'} wrong.",
+        "",
+    ]
     lines += [f"| layout | {' | '.join(families)} |", "| --- |" + " --- |" * len(families)]
     for name in common:
         lines.append(f"| `{name}` | {' | '.join(mark(cells.get((family, name)), reasons) for family in families)} |")
@@ -181,7 +186,7 @@ def main() -> None:
             for family, row in rows
             if differs(row, cells.get((family, row.layout)))
         ]
-    elif not wrong and not given.family:
+    elif not given.family:
         PAGE.write_text(page(rows, families))
     if wrong:
         sys.exit("\n".join(wrong))

@@ -86,7 +86,10 @@ def verified(config: Path, path: Path, layouts: str | None) -> tuple[str, str]:
     lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
     if not lines:
         return layouts or "all", (ended.stderr.strip().splitlines() or ["no word"])[-1]
-    bad = [row for row in json.loads(lines[-1])["rows"] if row["verdict"] not in ("equal", "refused")]
+    values = json.loads(lines[-1])
+    if "rows" not in values:
+        return layouts or "all", str(values)
+    bad = [row for row in values["rows"] if row["verdict"] not in ("equal", "refused")]
     return (bad[0]["layout"], bad[0]["reason"]) if bad else ("", "")
 
 

@@ -46,7 +46,7 @@ class Pipelined:
     ) -> None:
         self._stages = stages
         self._model = stages.model
-        self._axis = mesh.pipeline
+        self._axis, self._states = mesh.pipeline, mesh.states
         self._objective = objective
         self._device = device
         self._shapes = Shapes()
@@ -61,7 +61,7 @@ class Pipelined:
         micro-batches that the schedule cannot run.
         """
         moved = [batch.to(self._device) for batch in batches]
-        self._step.begin(moved, [self._wires(batch) for batch in moved], number=step, scale=scale)
+        self._step.begin(moved, self._wires(moved), number=step, scale=scale)
         schedule = self._schedule(len(moved))
         expect(False)
         if self._stages.schedule.splits_backward:
@@ -119,19 +119,36 @@ class Pipelined:
             self._schedules[micro_batches] = made
         return self._schedules[micro_batches]
 
-    def _wires(self, batch: Batch) -> tuple[Wires, ...]:
-        """What goes into and out of each of this rank's stages for a micro-batch; all ranks together."""
-        signature = signature_of(batch.inputs)
-        if signature not in self._known:
-            told = self._shapes.tell(signature)
-            unsure = torch.tensor([float(told is None)], device=self._device)
-            if self._axis.all_reduce(unsure, where="shapes").item() or told is None:
-                told = self._look(batch)
-                self._shapes.see(signature, told)
-            if len(self._known) == MOST_KNOWN:
-                self._known.clear()
-            self._known[signature] = told
-        return self._known[signature]
+    def _wires(self, batches: Sequence[Batch]) -> list[tuple[Wires, ...]]:
+        """What goes into and out of each of this rank's stages for every micro-batch; all ranks together.
+
+        The ranks of a pipeline have the same micro-batches, and agree on those whose shapes one of them does not know:
+        these are looked at. Ranks that share states have others, but look as often, for looking gathers weights.
+        """
+        signatures = [signature_of(batch.inputs) for batch in batches]
+        fresh = {s: batch for s, batch in zip(signatures, batches, strict=True) if s not in self._known}
+        told = {signature: self._shapes.tell(signature) for signature in fresh}
+        unsure: list[Signature] = []
+        if fresh:
+            votes = torch.tensor([float(wires is None) for wires in told.values()], device=self._device)
+            self._axis.all_reduce(votes, where="shapes")
+            unsure = [signature for signature, vote in zip(fresh, votes.tolist(), strict=True) if vote]
+        for i in range(self._most(len(unsure), len(batches))):
+            wires = self._look(fresh[unsure[i]] if i < len(unsure) else batches[0])
+            if i < len(unsure):
+                self._shapes.see(unsure[i], wires)
+                told[unsure[i]] = wires
+        if len(self._known) + len(told) > MOST_KNOWN:
+            self._known = {signature: self._known[signature] for signature in signatures if signature in self._known}
+        self._known |= {signature: wires for signature, wires in told.items() if wires is not None}
+        return [self._known[signature] for signature in signatures]
+
+    def _most(self, number: int, limit: int) -> int:
+        """The greatest ``number`` of the ranks that share states; none is above ``limit``."""
+        if self._states.size == 1:
+            return number
+        counted = (torch.arange(limit, device=self._device) < number).float()
+        return int(self._states.all_reduce(counted, where="shapes").count_nonzero())
 
     @torch.no_grad()
     def _look(self, batch: Batch) -> tuple[Wires, ...]:
