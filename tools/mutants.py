@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from mutations import MUTATIONS, Mutation
 
 from layout_matrix import FAMILIES
+from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference" / "mutants.md"

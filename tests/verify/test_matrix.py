@@ -7,7 +7,8 @@ from layout_matrix import FAMILIES, STEPS, cases, differs, said
 from paceline.verify.cases import SINGLE, parse
 from paceline.verify.run import Trial
 
-SAMPLE = [("llama", words) for words in (*SINGLE, "replicas=2,tensor=2,sequence=true,recompute=full", "tensor=4")] + [
+SEVERAL = ("tensor=4", "replicas=2,tensor=2,sequence=true,recompute=full", "shard=2,pipeline=2,schedule=gpipe")
+SAMPLE = [("llama", words) for words in (*SINGLE, *SEVERAL)] + [
     (family, SINGLE[(3 * i + j) % len(SINGLE)])
     for i, family in enumerate(name for name in FAMILIES if name != "llama")
     for j in (0, 9)
