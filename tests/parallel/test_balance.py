@@ -8,7 +8,7 @@ from paceline.errors import ModelError, PlanError
 from paceline.objectives.base import Batch, token_loss
 from paceline.parallel.balance import Balance, balanced, check_routers
 from paceline.parallel.held import Held
-from paceline.parallel.recompute import recompute_full
+from paceline.parallel.recompute import recompute
 from paceline.plan.layout import Grid
 from parallel.tensor_models import batch_of, build, norm
 from tolerances import FP32_LOSS, FP64_EQUAL
@@ -46,7 +46,7 @@ def assert_near(some, others, tolerance=FP64_EQUAL):
 def test_of_one_sequence_it_is_the_loss_of_transformers(family):
     """Theirs takes a mask where ours takes targets; it is in fp32."""
     model, batch, objective = made(family)
-    one = Batch(inputs={"input_ids": batch.inputs["input_ids"][:1]}, labels=batch.labels[:1], count=9, first_sequence=0)
+    one = Batch(inputs={"input_ids": batch.inputs["input_ids"][:1]}, labels=batch.labels[:1], count=9, sequences=(0,))
     loss = objective.loss(model, one)
     has_target = one.labels != -100
     output = model(**one.inputs, output_router_logits=True)
@@ -62,13 +62,13 @@ def test_the_losses_of_rows_add_up_whatever_they_meet_and_are_filled_with():
     ids, labels = (
         torch.nn.functional.pad(x, (0, 5), value=v) for x, v in ((batch.inputs["input_ids"], 7), (batch.labels, -100))
     )
-    whole = objective.loss(model, Batch(inputs={"input_ids": ids}, labels=labels, count=0, first_sequence=0))
+    whole = objective.loss(model, Batch(inputs={"input_ids": ids}, labels=labels, count=0, sequences=(0,)))
     rows = [
         Batch(
             inputs={"input_ids": batch.inputs["input_ids"][i : i + 1]},
             labels=batch.labels[i : i + 1],
             count=0,
-            first_sequence=0,
+            sequences=(0,),
         )
         for i in range(2)
     ]
@@ -87,7 +87,7 @@ def test_a_row_without_targets_counts_for_nothing():
 def test_recompute_counts_once():
     model, batch, objective = made()
     expected = gradients(model, objective.loss(model, batch))
-    assert recompute_full(model) == 2
+    assert recompute(model, "full") == 2
     assert_near(expected, gradients(model, objective.loss(model, batch)))
 
 

@@ -14,7 +14,7 @@ from paceline.objectives.base import Batch
 from paceline.parallel.dropout import Dropout
 from paceline.parallel.dropout_places import find_places
 from paceline.parallel.held import Held
-from paceline.parallel.recompute import recompute_full
+from paceline.parallel.recompute import recompute
 from paceline.parallel.tensor_parameters import even_runs
 
 WIDTH, TOKENS, RATE = 24, 10, 0.5
@@ -153,10 +153,10 @@ def test_attention_drops_the_same_however_it_is_computed():
 
 def test_recompute_drops_again_what_it_dropped_though_another_micro_batch_is_current():
     gradients = []
-    for recompute in (False, True):
+    for again in (False, True):
         model, dropout = made()
-        if recompute:
-            recompute_full(model, dropout)
+        if again:
+            recompute(model, "full", dropout)
         losses = []
         for sequence in (5, 6):
             batch = batch_of(sequence)

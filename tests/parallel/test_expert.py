@@ -10,7 +10,7 @@ from paceline.errors import PlanError
 from paceline.objectives.base import Batch, token_loss
 from paceline.parallel.expert import check_experts, cut_experts, find_experts
 from paceline.parallel.held import take
-from paceline.parallel.recompute import recompute_full
+from paceline.parallel.recompute import recompute
 from paceline.parallel.tensor import cut_tensor
 from paceline.plan.layout import Grid
 from paceline.verify.double import in_double
@@ -23,7 +23,7 @@ LAYERS, TOKENS, WIDTH, CHOICES, EXPERTS = 2, 12, 32, 2, 4
 def rows(batch, index):
     """One row of a batch."""
     inputs = {"input_ids": batch.inputs["input_ids"][index : index + 1], "use_cache": False}
-    return Batch(inputs=inputs, labels=batch.labels[index : index + 1], count=0, first_sequence=index)
+    return Batch(inputs=inputs, labels=batch.labels[index : index + 1], count=0, sequences=(index,))
 
 
 def first_experts_only(model):
@@ -33,7 +33,7 @@ def first_experts_only(model):
             module.register_forward_hook(lambda _, __, out: (*out[:2], torch.arange(2).expand_as(out[2])))
 
 
-def compare(member, family, starved, recompute):
+def compare(member, family, starved, again):
     """What differs most on this rank, which has one of two rows, from one process with both."""
     with in_double(), replica(member, Grid(shard=member.size, expert=member.size)) as mesh:
         whole, model = build(family), build(family)
@@ -44,8 +44,8 @@ def compare(member, family, starved, recompute):
         expected_loss = token_loss(whole, batch)
         expected_loss.backward()
         held = cut_experts(model, mesh, {})
-        if recompute:
-            recompute_full(model)
+        if again:
+            recompute(model, "full")
         loss = token_loss(model, rows(batch, mesh.shard.index))
         loss.backward()
         total = mesh.states.all_reduce(loss.detach().clone())
@@ -67,10 +67,10 @@ def compare(member, family, starved, recompute):
     return worst, errors[worst]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_every_gradient_is_that_of_one_process(pool, family, recompute):
-    for worst, error in pool.run(compare, 2, family, False, recompute):
+def test_every_gradient_is_that_of_one_process(pool, family, again):
+    for worst, error in pool.run(compare, 2, family, False, again):
         assert error <= FP64_EQUAL, (worst, error)
 
 
