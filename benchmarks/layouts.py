@@ -27,7 +27,7 @@ from paceline.comm.device import claim
 from paceline.comm.ranks import Coordinates
 from paceline.comm.replica import Finish, local_part
 from paceline.comm.world import enter
-from paceline.config import LayoutConfig, ModelConfig, choose
+from paceline.config import BatchConfig, LayoutConfig, ModelConfig, choose
 from paceline.data.rows import Row
 from paceline.data.tokenizer import SpecialTokens
 from paceline.errors import PlanError
@@ -35,6 +35,9 @@ from paceline.models.source import ModelSource
 from paceline.objectives.base import ObjectiveContext
 from paceline.objectives.next_token import NextToken
 from paceline.optim.adamw import AdamW
+from paceline.plan.batch import BatchPlan, plan_batch
+from paceline.plan.layout import check_offload
+from paceline.plan.stages import check_schedule
 from paceline.registry import SYNCS
 from paceline.train.build import Built, Goal, build
 from paceline.train.step import train_step
@@ -76,7 +79,7 @@ class Result:
 
 def measure(case: Case, model: dict[str, Any], *, steps: int, warmup: int) -> Result:
     """Run a layout in processes of its own. Raises ``PlanError`` if it is refused."""
-    case.check()
+    plan(case)
     with Pool(case.ranks) as pool:
         ranks = pool.run(train, case.ranks, case, model, steps, warmup, timeout_s=1800.0)
     if refusals := [rank["refused"] for rank in ranks if "refused" in rank]:
@@ -90,6 +93,19 @@ def measure(case: Case, model: dict[str, Any], *, steps: int, warmup: int) -> Re
         sent_bytes=max(rank["sent_bytes"] for rank in ranks),
         loss=ranks[0]["loss"],
     )
+
+
+def plan(case: Case) -> BatchPlan:
+    """How the batch is dealt out: pipelines get single rows. Raises ``PlanError`` for what no model can have."""
+    data_parallel = case.replicas * case.grid.shard
+    if SEQUENCES % data_parallel:
+        raise PlanError(f"{SEQUENCES} sequences a step do not divide by the {data_parallel} data ranks of {case.name}")
+    share = SEQUENCES // data_parallel
+    micro = 1 if case.layout.pipeline > 1 else -(-share // (case.accumulate or 1))
+    batch = BatchConfig(sequences=SEQUENCES, sequence_tokens=SEQUENCE_TOKENS, micro=micro)
+    check_offload(case.layout, case.replicas)
+    check_schedule(case.layout, planned := plan_batch(batch, data_parallel), compiled=False)
+    return planned
 
 
 def train(member: Member, case: Case, model: dict[str, Any], steps: int, warmup: int) -> dict[str, Any]:
@@ -128,7 +144,8 @@ def train(member: Member, case: Case, model: dict[str, Any], steps: int, warmup:
             if step == warmup:
                 world.mesh.tally.clear()
                 sent_before = world.link.sent_bytes
-            shares = case.share(rows(step, model), world.data_rank, world.data_ranks)
+            own, micro = rows(step, model)[world.data_rank :: world.data_ranks], plan(case).micro
+            shares = [own[i : i + micro] for i in range(0, len(own), micro)]
             batches = [built.split(objective.batch(share, seed=SEED, step=step)) for share in shares]
             result = train_step(built.replica, scales, built.schedule, batches, step=step, stop=False)  # type: ignore[arg-type]
             clock.tick()

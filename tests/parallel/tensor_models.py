@@ -41,6 +41,16 @@ FAMILIES = {name: (head, {**options, "vocab_size": 127}) for name, (head, option
         "causal",
         {**SHAPE, **GROUPED, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    "granitemoe": (
+        "causal",
+        {
+            **SHAPE,
+            "model_type": "granitemoe",
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "qwen3_moe": ("causal", {**SHAPE, **EXPERTS, "model_type": "qwen3_moe", "num_key_value_heads": 2}),
     "deepseek_v3": (
         "causal",

@@ -13,7 +13,7 @@ from paceline.models.blockwise import attention
 from paceline.objectives.base import Batch
 from paceline.parallel.dropout import Dropout
 from paceline.parallel.dropout_places import find_places
-from paceline.parallel.held import Held
+from paceline.parallel.held import Cut, Held
 from paceline.parallel.recompute import recompute
 from paceline.parallel.tensor_parameters import even_runs
 
@@ -200,7 +200,7 @@ def test_a_part_that_is_not_known_is_refused():
 def test_pieces_of_two_layers_in_one_are_no_piece_of_the_whole(width, is_known):
     """A rank has the first half of each, not the first half of both."""
     runs = even_runs([width // 2, width // 2], 2, 0)
-    held = {"up": Held(full_shape=(width, 3), dim=0, runs=tuple(runs))}
+    held = {"up": Held(full_shape=(width, 3), cuts=(Cut(0, tuple(runs)),))}
     model, dropout = made(tensor=Axis(name="tensor", index=0, size=2), held=held, heads=2, features=WIDTH // 2)
     if is_known:
         kept(model, dropout, batch_of(5))

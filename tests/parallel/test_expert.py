@@ -14,7 +14,7 @@ from paceline.parallel.recompute import recompute
 from paceline.parallel.tensor import cut_tensor
 from paceline.plan.layout import Grid
 from paceline.verify.double import in_double
-from parallel.tensor_models import FAMILIES, GROUPED, SHAPE, batch_of, build, norm
+from parallel.tensor_models import batch_of, build, norm
 from tolerances import FP64_EQUAL
 
 LAYERS, TOKENS, WIDTH, CHOICES, EXPERTS = 2, 12, 32, 2, 4
@@ -144,13 +144,6 @@ def mesh(size=2, index=0, tensor=1, tensor_index=0, states=2):
         states_mesh=None,
         tally=Tally(),
     )
-
-
-FAMILIES["granitemoe"] = (
-    "causal",
-    {**SHAPE, **GROUPED, "model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2},
-)
-del FAMILIES["granitemoe"][1]["head_dim"]
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

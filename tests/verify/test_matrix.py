@@ -1,9 +1,8 @@
-"""A sample of the matrix of layouts and families, tried again: the page has to say what is so. All of it: ``make
-verify-all``."""
+"""A sample of the matrix of layouts and families; all of it: ``make verify-all``."""
 
 import pytest
 
-from layout_matrix import FAMILIES, STEPS, cases, differs, said
+from layout_matrix import FAMILIES, STEPS
 from paceline.verify.cases import SINGLE, parse
 from paceline.verify.run import Trial
 
@@ -13,6 +12,8 @@ SAMPLE = [("llama", words) for words in (*SINGLE, *SEVERAL)] + [
     for i, family in enumerate(name for name in FAMILIES if name != "llama")
     for j in (0, 9)
 ]
+
+REFUSED: set[tuple[str, str]] = set()
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,7 @@ def trial_of(pool):
 
 
 @pytest.mark.parametrize(("family", "words"), SAMPLE)
-def test_a_cell_is_what_the_page_says(trial_of, family, words):
+def test_a_cell(trial_of, family, words):
     (case,) = parse(words)
     row = trial_of(family).judge(case)
-    assert row.is_good, row.text()
-    assert not differs(row, said().get((family, case.name))), f"{row.text()}; run `make verify-all`"
-
-
-def test_the_page_has_every_cell():
-    assert said().keys() == {(family, case.name) for family in FAMILIES for case in cases(family)}
+    assert row.verdict == ("refused" if (family, words) in REFUSED else "equal"), row.text()

@@ -57,7 +57,8 @@ def hugging_face_config(settings: Mapping[str, Any], token_ids: Mapping[str, int
     except Exception as error:  # each family raises what it likes
         raise ConfigError(_sentence(error, where)) from error
     start = first_token(config)
-    if config.is_encoder_decoder and DECODER_START not in given and start is not None:
+    is_open = start is not None or not hasattr(config, DECODER_START)  # families with a number of their own want one
+    if config.is_encoder_decoder and DECODER_START not in given and is_open:
         config.decoder_start_token_id = start
     return config
 
@@ -157,7 +158,7 @@ def _sizes(config_class: Any, given: Mapping[str, Any], where: str) -> list[str]
         number, ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     )
     if width and heads and head is None:
-        if width % heads and {"hidden_size", "num_attention_heads"} & spelled.keys():
+        if width % heads and any(aliases.get(name, name) in spelled for name in ("hidden_size", "num_attention_heads")):
             problems.append(
                 f"{shown('num_attention_heads')}: does not divide {written('hidden_size')}, {_divisors(width, heads)}"
             )

@@ -81,7 +81,7 @@ def build(
     elif places.dimensions:
         if compiled:
             raise PlanError(
-                f"train.compile=true with dropout (in {next(iter(places.calls)) or 'the model'}) is not built. Set the "
+                f"train.compile=true with dropout (in {min(places.calls) or 'the model'}) is not built. Set the "
                 "model's dropouts to 0, or use train.compile=false"
             )
         dropout = Dropout(places, seed=seed, tensor=mesh.tensor, sequence=layout.sequence)
