@@ -144,7 +144,8 @@ MUTATIONS = (
         "schedule/split.py",
         "if len(borders) > 1 else []",
         "if len(borders) > 1000 else []",
-        "pipeline=2,schedule=zbv,zero=2; pipeline=2,schedule=interleaved_zero_bubble,zero=2",
+        "pipeline=2,schedule=zbv,zero=2",
+        "t5",
     ),
     Mutation(
         "ZeRO 1 sums gradients after every micro-batch but the last",

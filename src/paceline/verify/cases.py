@@ -86,7 +86,7 @@ SEQUENCE_TOKENS = 23
 RATE = 0.2
 MOMENTUM = 0.5
 CLIP_NORM = 1.0
-BUCKET_MIB = 0.02
+BUCKET_MIB = 0.01
 
 _COUNT: TypeAdapter[int] = TypeAdapter(Count)
 
