@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from paceline.errors import WorkerError
+from paceline.workers.pool import CALLS
 
 
 def hello(member, word):
@@ -20,6 +21,15 @@ def vanish(member):
     if member.index == 1:
         os._exit(3)
     member.store.get("never")
+
+
+def process(member):
+    return os.getpid()
+
+
+def test_a_worker_is_replaced_after_some_calls(pool):
+    processes = [pool.run(process, 1)[0] for _ in range(2 * CALLS + 1)]
+    assert max(processes.count(pid) for pid in processes) == CALLS
 
 
 def test_results_come_in_the_order_of_ranks(pool):

@@ -90,7 +90,7 @@ class _Ring(Function):
         keys: Sequence[Spans],
     ) -> Tensor:
         output_BNSV, lse_BNS = kept(
-            lambda: _attend(query_BNSH, key_BKSH, value_BKSV, sinks_N, visible, scores, axis, queries, keys)
+            lambda: _go_round(query_BNSH, key_BKSH, value_BKSV, sinks_N, visible, scores, axis, queries, keys)
         )
         ctx.save_for_backward(query_BNSH, key_BKSH, value_BKSV, sinks_N, output_BNSV, lse_BNS)
         ctx.options = visible, scores, axis, queries, keys
@@ -141,7 +141,7 @@ class _Ring(Function):
         return *(grad.to(query_BNSH.dtype) for grad in grads), grad_sinks_N, None, None, None, None, None
 
 
-def _attend(
+def _go_round(
     query_BNSH: Tensor,
     key_BKSH: Tensor,
     value_BKSV: Tensor,

@@ -17,7 +17,7 @@ from paceline.parallel.compiled import compile_blocks
 from paceline.parallel.context import cut_context
 from paceline.parallel.context_check import check_context
 from paceline.parallel.dropout import Dropout
-from paceline.parallel.dropout_places import find_places
+from paceline.parallel.dropout_places import Places, find_places
 from paceline.parallel.expert import check_experts, cut_experts
 from paceline.parallel.held import Held
 from paceline.parallel.precision import Masters
@@ -75,16 +75,7 @@ def build(
     All ranks of a replica call this together. Raises ``PlanError`` for what this model or these passes cannot do.
     """
     places = find_places(model, goal.sample)
-    dropout = None
-    if places.unknown is not None:
-        _refuse_chance(places.unknown, mesh)
-    elif places.dimensions:
-        if compiled:
-            raise PlanError(
-                f"train.compile=true with dropout (in {min(places.calls) or 'the model'}) is not built. Set the "
-                "model's dropouts to 0, or use train.compile=false"
-            )
-        dropout = Dropout(places, seed=seed, tensor=mesh.tensor, sequence=layout.sequence)
+    dropout = _dropout(places, layout, mesh, seed=seed, compiled=compiled)
     cuts_parameters = [axis for axis in (mesh.shard, mesh.context, mesh.tensor) if axis.size > 1]
     if cuts_parameters and not optimizer.is_elementwise:
         axis = cuts_parameters[0]
@@ -153,14 +144,25 @@ def _state_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in model.named_parameters()) | buffers
 
 
-def _refuse_chance(unknown: str, mesh: Mesh) -> None:
-    """Ranks that compute parts of one sequence would have to draw parts of what one process draws."""
+def _dropout(places: Places, layout: LayoutConfig, mesh: Mesh, *, seed: int, compiled: bool) -> Dropout | None:
+    """The dropouts of a model; None if it has none, or draws in a way that is not known.
+
+    In that case ranks that compute parts of one sequence would have to draw parts of what one process draws.
+    """
     axes = [axis for axis in (mesh.tensor, mesh.context, mesh.pipeline) if axis.size > 1]
-    if axes:
+    if places.unknown is not None and axes:
         raise PlanError(
-            f"layout.{axes[0].name}={axes[0].size}: {unknown}, so that its ranks would not compute what one process "
-            "does. Switch that off in the model's config, or use shard and replicas"
+            f"layout.{axes[0].name}={axes[0].size}: {places.unknown}, so that its ranks would not compute what one "
+            "process does. Switch that off in the model's config, or use shard and replicas"
         )
+    if places.unknown is not None or not places.dimensions:
+        return None
+    if compiled:
+        raise PlanError(
+            f"train.compile=true with dropout (in {min(places.calls) or 'the model'}) is not built. Set the "
+            "model's dropouts to 0, or use train.compile=false"
+        )
+    return Dropout(places, seed=seed, tensor=mesh.tensor, sequence=layout.sequence)
 
 
 def _merged(first: Mapping[str, Held], then: Mapping[str, Held], axis: Axis) -> dict[str, Held]:

@@ -40,12 +40,12 @@ SIZES: dict[str, int] = {
 }
 """What the sizes of a family's config become, where they are greater."""
 
-_FIVE_GEMMAS = ["sliding_attention"] * 4 + ["full_attention"]
+_FOUR_AND_ONE = ["sliding_attention"] * 4 + ["full_attention"]
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
-    "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 2, "layer_types": 2 * _FIVE_GEMMAS},
+    "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 2, "layer_types": 2 * _FOUR_AND_ONE},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 1, "num_experts": 4},
     "kimi_linear": {"num_experts": 8},
