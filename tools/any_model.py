@@ -28,6 +28,8 @@ from paceline.workers.pool import Pool
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "families.md"
 LAYOUTS = ("shard=2", "tensor=2", "pipeline=2", "context=2")
 STEPS = 4
+EXPLAINED = ("refused", "by chance")
+"""Verdicts whose reasons the page lists."""
 MOST_PARAMETERS = 20_000_000
 """A family that is still larger when it is made small is not tried."""
 
@@ -36,7 +38,8 @@ INTRODUCTION = """# Which families can be cut
 Written by `make any-model`, with transformers {version}. Every family of causal language models was made small, trained
 in one process and over two ranks in fp64, and compared as [`paceline verify`](../guides/layouts.md#verify) compares:
 `yes` where losses, gradients, parameters and checkpoints were equal within 1e-10. `refused` comes with the number of a
-reason below; a family that is refused trains in one process, as replicas, and under the layouts that say `yes`.
+reason below; a family that is refused trains in one process, as replicas, and under the layouts that say `yes`. `by chance`:
+it trains, but the family draws random numbers of its own by micro-batch, so that ranks draw others than one process.
 """
 
 
@@ -93,7 +96,7 @@ def tried(families: list[str]) -> Iterator[tuple[str, list[Cell] | str]]:
 def page(results: dict[str, list[Cell] | str]) -> str:
     """The table, and the reasons."""
     cut = {family: cells for family, cells in results.items() if not isinstance(cells, str)}
-    reasons = list(dict.fromkeys(cell.reason for cells in cut.values() for cell in cells if cell.verdict == "refused"))
+    reasons = list(dict.fromkeys(cell.reason for cells in cut.values() for cell in cells if cell.verdict in EXPLAINED))
     counts = [Counter(cells[i].verdict for cells in cut.values()) for i in range(len(LAYOUTS))]
     lines = [INTRODUCTION.format(version=transformers.__version__)]
     lines.append(f"{len(cut)} of {len(results)} families train in one process here. Of these are proven:\n")
@@ -104,13 +107,13 @@ def page(results: dict[str, list[Cell] | str]) -> str:
         shown = [
             "yes"
             if cell.verdict == "equal"
-            else f"refused {reasons.index(cell.reason) + 1}"
-            if cell.verdict == "refused"
+            else f"{cell.verdict} {reasons.index(cell.reason) + 1}"
+            if cell.verdict in EXPLAINED
             else cell.verdict
             for cell in cells
         ]
         lines.append(f"| {family} | {' | '.join(shown)} |")
-    lines += ["", "## Why refused", "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, start=1))]
+    lines += ["", "## Why not", "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, start=1))]
     lines += ["", "## Not tried: what does not train in one process from its small config", ""]
     lines += [f"- {family}: {why}" for family, why in sorted(results.items()) if isinstance(why, str)]
     return "\n".join([*lines, ""])
@@ -127,7 +130,7 @@ def main() -> None:
         for family, cells in results.items()
         if not isinstance(cells, str)
         for layout, cell in zip(LAYOUTS, cells, strict=True)
-        if cell.verdict not in ("equal", "refused")
+        if cell.verdict not in ("equal", *EXPLAINED)
     ]
     if not given.family:
         PAGE.write_text(page(results))

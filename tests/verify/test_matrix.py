@@ -1,8 +1,8 @@
-"""A sample of the matrix of layouts and families; all of it: ``make verify-all``."""
+"""The page of what is proven against a sample of its cells; all of them: ``make verify-all``."""
 
 import pytest
 
-from layout_matrix import FAMILIES, STEPS
+from layout_matrix import FAMILIES, STEPS, cases, differs, said
 from paceline.verify.cases import SINGLE, parse
 from paceline.verify.run import Trial
 
@@ -33,3 +33,14 @@ def test_a_cell(trial_of, family, words):
     (case,) = parse(words)
     row = trial_of(family).judge(case)
     assert row.verdict == "equal", row.text()
+    assert not differs(row, said().get((family, case.name))), f"the page does not say so of {family}: make verify-all"
+
+
+def test_the_page_has_every_cell():
+    assert said().keys() == {(family, case.name) for family in FAMILIES for case in cases(family)}
+
+
+def test_the_page_has_what_is_asked_of_it():
+    proven = [cell for cell, word in said().items() if word == "yes"]
+    assert len(proven) >= 130
+    assert all(sum(family == name for name, _ in proven) >= (45 if family == "llama" else 12) for family in FAMILIES)

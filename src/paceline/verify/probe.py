@@ -115,6 +115,7 @@ class _Told:
         """Look at the replica of these parts from now on."""
         self._replica, self._world, self._routing = parts.built.replica, parts.world, routing
         self.blocks = len(blocks(parts.built.model))
+        self.by_chance = parts.built.by_chance
 
     def at_begin(self) -> None:
         """A step begins."""
@@ -149,6 +150,7 @@ class _Told:
             "routes": self._routes,
             "narrowest": self.narrowest[0],
             "blocks": self.blocks,
+            "by_chance": self.by_chance,
             "sent_bytes": self._sent_bytes / len(self.losses),
             "tokens_per_s": self.tokens / self.seconds,
         }

@@ -23,7 +23,10 @@ PRELOAD = (probe.__module__,)
 STEPS = 20
 SHUFFLED = 3
 """Rows of the first step whose tokens are put in disorder, to see whether a bound would notice."""
-HEADER = f"{'loss':>9}{'gradient':>10}{'parameter':>11}{'last loss':>11}{'KiB sent':>10}{'MiB':>6}{'tokens/s':>10}"
+HEADER = (
+    f"{'loss':>9}{'gradient':>10}{'parameter':>11}{'last loss':>11}{'KiB sent':>10}{'MiB':>6}{'tokens/s':>10}"
+    "  verdict  gradient that differs most"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class Row:
 
     layout: str
     verdict: str
-    """``equal``, ``DIFFERS``, ``refused`` or ``failed``."""
+    """``equal``, ``DIFFERS``, ``by chance`` (differs, for other random numbers are drawn), ``refused`` or ``failed``."""
     reason: str = ""
     difference: Difference | None = None
     sent_bytes: float = 0.0
@@ -49,7 +52,9 @@ class Row:
             f"{d.loss:>9.0e}{d.gradient.error:>10.0e}{d.parameter.error:>11.0e}{d.loss_at_end:>11.0e}"
             f"{self.sent_bytes / 1024:>10,.1f}{self.memory_bytes / 2**20:>6,.0f}{self.tokens_per_s:>10,.0f}"
         )
-        return f"{self.layout:<{width}}{numbers}  {self.verdict}{': ' + self.reason if self.reason else ''}"
+        return f"{self.layout:<{width}}{numbers}  {self.verdict:<7}  {d.gradient.name}" + (
+            f": {self.reason}" if self.reason else ""
+        )
 
     @property
     def is_good(self) -> bool:
@@ -187,9 +192,12 @@ class Trial:
         wrong = (*difference.wrong, *compare_saved(self._own_saved, first / "checkpoints", self._half, self._bounds))
         if not wrong:
             self._saved = self._kept(first, self._folder / "saved")
+        verdict = "DIFFERS" if wrong else "equal"
+        if wrong and (by_chance := self._own_run["by_chance"]):
+            verdict, wrong = "by chance", (f"{by_chance}, by micro-batch and not by sequence", *wrong)
         return Row(
             layout=case.name,
-            verdict="DIFFERS" if wrong else "equal",
+            verdict=verdict,
             reason="; ".join(wrong[:3]),
             difference=difference,
             sent_bytes=max(run["sent_bytes"] for run in runs),
