@@ -5,7 +5,7 @@
 Every mutant is a mistake of a kind that training systems have made: training goes on, and learns something else. It is
 made in a copy of the package, on which ``paceline verify`` is then run with its default settings: first under the
 layouts that should notice, all of which are among the default ones, and if these do not, under all of them. A mutant is
-caught if verify fails. The survivors are named, and the exit status is 1 if they are more than one in twenty.
+caught if verify fails, or refuses what the matrix of layouts says is proven. The survivors are named, and the exit status is 1 if they are more than one in twenty.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from layout_matrix import FAMILIES
+from layout_matrix import FAMILIES, said
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,14 +67,14 @@ def try_one(mutation: Mutation) -> Outcome:
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(FAMILIES[mutation.family].config().tree()))
         for layouts in (mutation.layouts, None):
-            layout, how = verified(config, folder, layouts)
+            layout, how = verified(config, folder, mutation.family, layouts)
             if layout:
                 break
     return Outcome(mutation, layout, how, time.monotonic() - began_s)
 
 
-def verified(config: Path, path: Path, layouts: str | None) -> tuple[str, str]:
-    """The first layout that is wrong, and how; two empty texts if none is."""
+def verified(config: Path, path: Path, family: str, layouts: str | None) -> tuple[str, str]:
+    """The first layout that is wrong, or refused though the page says it is proven, and how; else two empty texts."""
     words = ["verify", str(config), "--json", *([] if layouts is None else ["--layouts", layouts])]
     environment = {**os.environ, "PYTHONPATH": str(path)}
     try:
@@ -89,8 +89,13 @@ def verified(config: Path, path: Path, layouts: str | None) -> tuple[str, str]:
     values = json.loads(lines[-1])
     if "rows" not in values:
         return layouts or "all", str(values)
-    bad = [row for row in values["rows"] if row["verdict"] not in ("equal", "refused")]
-    return (bad[0]["layout"], bad[0]["reason"]) if bad else ("", "")
+    proven = {layout for (name, layout), word in said().items() if name == family and word == "yes"}
+    for row in values["rows"]:
+        if row["verdict"] not in ("equal", "refused"):
+            return row["layout"], row["reason"]
+        if row["verdict"] == "refused" and row["layout"] in proven:
+            return row["layout"], f"refused: {row['reason']}"
+    return "", ""
 
 
 def page(outcomes: Sequence[Outcome]) -> str:

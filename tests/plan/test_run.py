@@ -46,7 +46,6 @@ def test_micro_stays_as_the_config_says():
         ({"shard": 2, "expert": 2, "compiled": True}, "train.compile=true with layout.expert=2"),
         ({"offload": True}, "layout.shard=1 shares nothing"),
         ({"offload": True, "shard": 2, "replicas": 2}, "Use replicas=1 and layout.shard=4"),
-        ({"recompute": "selective", "compiled": True}, "Use recompute=none or full"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, expected):

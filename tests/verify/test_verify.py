@@ -10,7 +10,7 @@ from paceline.models.tiny import DROPOUTS, TINY
 from paceline.verify.cases import MIXTURE, parse
 from paceline.verify.compare import bounds_of, compare_saved
 from paceline.verify.routing import compare_routes, narrowest
-from paceline.verify.run import Trial
+from paceline.verify.run import Row, Table, Trial
 
 OBJECTIVES = {"causal": "next_token", "masked": "masked", "seq2seq": "seq2seq"}
 
@@ -239,3 +239,27 @@ def test_what_is_drawn_by_micro_batch_is_seen_to_differ(pool):
         assert "model.decoder draws random numbers" in drawn.reason
         refused = trial.judge(*parse("pipeline=2"))
         assert refused.verdict == "refused" and "model.decoder draws random numbers" in refused.reason
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "named", "good"),
+    [
+        (["equal", "equal"], True, True),
+        (["equal", "refused"], True, False),
+        (["equal", "refused"], False, True),
+        (["equal", "DIFFERS"], False, False),
+        (["equal", "failed"], False, False),
+    ],
+)
+def test_what_was_asked_for_by_name_and_refused_is_not_proven(verdicts, named, good):
+    rows = tuple(Row(layout=str(i), verdict=verdict) for i, verdict in enumerate(verdicts))
+    assert Table(rows=rows, dtype="fp64", model="llama", named=named).is_good is good
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("words", ["compile=true", "compile=true,recompute=selective,shard=2"])
+def test_compiled_blocks(llama, words):
+    (case,) = parse(words)
+    row = llama.judge(case)
+    assert row.verdict == "equal", row.text()

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as autograd_config
 from torch import nn
 
 from paceline.errors import PlanError
 from paceline.parallel.blocks import blocks
 
 
-def compile_blocks(model: nn.Module) -> int:
+SELECTIVE = 0.4
+"""Of what a compiled block keeps for its backward pass if speed alone counts (1; its input alone: 0): activation
+functions and norms are computed again, then the cheapest products with weights."""
+
+
+def compile_blocks(model: nn.Module, *, keep: float = 1.0) -> int:
     """Compile the forward of every block (of the whole model if it has none); returns how many parts were compiled.
+
+    ``keep``, from 0 to 1, is the share of activations that waits for the backward pass; the rest is computed again.
 
     Raises ``PlanError`` where torch could not build its kernels. The first batch is compiled for its shape, the first
     of another shape for all shapes.
@@ -24,21 +32,25 @@ def compile_blocks(model: nn.Module) -> int:
         _require_compiler()
     parts = list(blocks(model).values()) or [model]
     for part in parts:
-        part.forward = _Compiled(part)
+        part.forward = _Compiled(part, keep)
     return len(parts)
 
 
 class _Compiled:
     """A forward that is compiled in training mode only: evaluation and sampling come in many lengths."""
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: nn.Module, keep: float) -> None:
         self._part = part
+        self._keep = keep
         self._plain = part.forward
         self._compiled = torch.compile(part.forward)
         functools.update_wrapper(self, part.forward)  # who asks for the arguments of forward sees the real ones
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._compiled if self._part.training else self._plain)(*args, **kwargs)
+        if not self._part.training:
+            return self._plain(*args, **kwargs)
+        with autograd_config.patch(activation_memory_budget=self._keep):  # read when the first call is compiled
+            return self._compiled(*args, **kwargs)
 
 
 def _require_compiler() -> None:

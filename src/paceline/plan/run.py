@@ -21,11 +21,6 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
             "tensors are not compiled yet. Use train.compile=false, or shard and replicas"
         )
     check_offload(layout, config.replicas)
-    if config.train.compile and layout.recompute == "selective":
-        raise PlanError(
-            "train.compile=true with layout.recompute=selective is not built: compiled blocks choose for themselves "
-            "what they keep. Use recompute=none or full"
-        )
     if layout.tensor_patterns and layout.tensor == 1:
         raise PlanError("layout.tensor_patterns says how tensor ranks cut matrices. Set layout.tensor, or leave it out")
     if layout.sequence and layout.tensor == 1:

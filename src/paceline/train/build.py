@@ -13,7 +13,7 @@ from paceline.errors import PlanError
 from paceline.objectives.base import Batch, Objective, ObjectiveContext, ObjectiveOptions
 from paceline.optim.base import OptimizerConfig
 from paceline.parallel.balance import balanced, check_routers
-from paceline.parallel.compiled import compile_blocks
+from paceline.parallel.compiled import SELECTIVE, compile_blocks
 from paceline.parallel.context import cut_context
 from paceline.parallel.context_check import check_context
 from paceline.parallel.dropout import Dropout
@@ -107,10 +107,11 @@ def build(
     model.train()
     if mesh.states_mesh is None:
         model.to(device)  # sharding moves a block at a time: the device need not hold all
-    if layout.recompute != "none":
+    compiled_selective = compiled and layout.recompute == "selective"
+    if layout.recompute != "none" and not compiled_selective:
         recompute(model, layout.recompute, dropout)
     if compiled:
-        compile_blocks(model)
+        compile_blocks(model, keep=SELECTIVE if compiled_selective else 1.0)
     experts = tuple(dict.fromkeys(name.rpartition(".")[0] for name in dealt))
     states: States = (
         Masters(model, dtype)

@@ -89,6 +89,7 @@ CLIP_NORM = 1.0
 BUCKET_MIB = 0.01
 
 _COUNT: TypeAdapter[int] = TypeAdapter(Count)
+_TRUTH: TypeAdapter[bool] = TypeAdapter(bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class Case:
     replicas: int = 1
     accumulate: int | None = None
     """Micro-batches a step on each rank."""
+    compiled: bool = False
 
     @property
     def grid(self) -> Grid:
@@ -131,7 +133,7 @@ class Case:
                 "optimizer": SGD(lr=RATE, momentum=MOMENTUM),
                 "schedule": Linear(warmup_steps=2),
                 "sync": AllReduce(bucket_mib=BUCKET_MIB) if isinstance(base.sync, AllReduce) else base.sync,
-                "train": TrainConfig(steps=steps, output=str(output), clip_norm=CLIP_NORM),
+                "train": TrainConfig(steps=steps, output=str(output), clip_norm=CLIP_NORM, compile=self.compiled),
                 "checkpoint": CheckpointConfig(every=steps // 2),
                 "evaluate": EvaluateConfig(every=steps // 2),
             }
@@ -150,6 +152,7 @@ class Case:
         given = self.layout.model_dump(exclude_defaults=True, exclude={"tensor_patterns"})
         given |= {"replicas": self.replicas} if self.replicas > 1 else {}
         given |= {"accumulate": self.accumulate} if self.accumulate else {}
+        given |= {"compile": True} if self.compiled else {}
         return ",".join(f"{key}={str(value).lower()}" for key, value in given.items()) or "one process"
 
 
@@ -172,10 +175,11 @@ def _case(words: str) -> Case:
     try:
         replicas = _COUNT.validate_python(values.pop("replicas", 1))
         accumulate = _COUNT.validate_python(values.pop("accumulate")) if "accumulate" in values else None
-        return Case(layout=LayoutConfig(**values), replicas=replicas, accumulate=accumulate)
+        compiled = _TRUTH.validate_python(values.pop("compile", False))
+        return Case(layout=LayoutConfig(**values), replicas=replicas, accumulate=accumulate, compiled=compiled)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "replicas or accumulate"
+        where = ".".join(map(str, first["loc"])) or "replicas, accumulate or compile"
         raise ConfigError(f"layouts: {words.strip()!r}: {where}: {first['msg'].lower()}") from None
 
 

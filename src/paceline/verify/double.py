@@ -3,6 +3,7 @@
 Without it, another order of sums would show as 1e-7, and so would a small mistake.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,13 @@ import torch
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """While it lasts, every cast to fp32 in this process is one to fp64. Not for other threads to live with."""
+    """While it lasts, every cast to fp32 in this process is one to fp64. Not for other threads to live with.
+
+    Compiled blocks are cut in two at such a cast, which torch says each time.
+    """
     functional = torch.nn.functional
     with (
+        warnings.catch_warnings(),
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
         mock.patch.object(torch.Tensor, "to", _wide(torch.Tensor.to)),
         mock.patch.object(torch.Tensor, "type", _wide(torch.Tensor.type)),
@@ -26,6 +31,7 @@ def in_double() -> Iterator[None]:
         mock.patch.object(functional, "softmax", _wide(functional.softmax)),
         mock.patch.object(functional, "log_softmax", _wide(functional.log_softmax)),
     ):
+        warnings.filterwarnings("ignore", "Dynamo does not know how to trace the builtin", UserWarning)
         yield
 
 
