@@ -38,8 +38,8 @@ INTRODUCTION = """# Which families can be cut
 Written by `make any-model`, with transformers {version}. Every family of causal language models was made small, trained
 in one process and over two ranks in fp64, and compared as [`paceline verify`](../guides/layouts.md#verify) compares:
 `yes` where losses, gradients, parameters and checkpoints were equal within 1e-10. `refused` comes with the number of a
-reason below; a family that is refused trains in one process, as replicas, and under the layouts that say `yes`. `by chance`:
-it trains, but the family draws random numbers of its own by micro-batch, so that ranks draw others than one process.
+reason below; a family that is refused trains in one process, as replicas, and under the layouts that say `yes`. `by
+chance`: it trains, but draws random numbers of its own by micro-batch, so that ranks draw others than one process.
 """
 
 

@@ -5,7 +5,8 @@
 Every mutant is a mistake of a kind that training systems have made: training goes on, and learns something else. It is
 made in a copy of the package, on which ``paceline verify`` is then run with its default settings: first under the
 layouts that should notice, all of which are among the default ones, and if these do not, under all of them. A mutant is
-caught if verify fails, or refuses what the matrix of layouts says is proven. The survivors are named, and the exit status is 1 if they are more than one in twenty.
+caught if verify fails, or refuses what the matrix of layouts says is proven. The survivors are named, and the exit
+status is 1 if they are more than one in twenty.
 """
 
 import argparse

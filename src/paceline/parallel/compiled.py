@@ -14,7 +14,6 @@ from torch import nn
 from paceline.errors import PlanError
 from paceline.parallel.blocks import blocks
 
-
 SELECTIVE = 0.4
 """Of what a compiled block keeps for its backward pass if speed alone counts (1; its input alone: 0): activation
 functions and norms are computed again, then the cheapest products with weights."""

@@ -35,7 +35,7 @@ class Row:
 
     layout: str
     verdict: str
-    """``equal``, ``DIFFERS``, ``by chance`` (differs, for other random numbers are drawn), ``refused`` or ``failed``."""
+    """``equal``, ``DIFFERS``, ``by chance`` (differs, as other random numbers are drawn), ``refused`` or ``failed``."""
     reason: str = ""
     difference: Difference | None = None
     sent_bytes: float = 0.0
