@@ -16,25 +16,28 @@ from typing import Any
 
 import torch
 
-SEQUENCE_TOKENS = 512
-SEQUENCES = 8
-VOCABULARY = 8192
 SEED = 0
 LEARNING_RATE = 3.0e-4
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 CLIP_NORM = 1.0
-MODEL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
+TOKENS = 4096
+"""Of a step."""
 DATA: dict[str, Any] = {"source": "python-docs"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What is trained; the default is the bench model, of 17 M parameters."""
+
+    model: str = "llama-17m"
+    """A preset of paceline."""
+    sequence_tokens: int = 512
+
+    @property
+    def sequences(self) -> int:
+        """Of a step."""
+        return TOKENS // self.sequence_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,8 @@ class Setting:
     """``paceline``, ``trainer`` (transformers.Trainer) or ``loop`` (a loop as people write it by hand)."""
     bf16: bool = True
     compiled: bool = False
+    recompute: str = "none"
+    """Of paceline: what of the activations is computed again."""
     processes: int = 1
 
     @property
@@ -56,6 +61,7 @@ class Setting:
 SETTINGS: dict[str, Setting] = {
     "paceline": Setting(program="paceline"),
     "paceline-compiled": Setting(program="paceline", compiled=True),
+    "paceline-selective": Setting(program="paceline", compiled=True, recompute="selective"),
     "paceline-2p": Setting(program="paceline", processes=2),
     "paceline-2p-compiled": Setting(program="paceline", processes=2, compiled=True),
     "trainer-fp32": Setting(program="trainer", bf16=False),
@@ -68,15 +74,16 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-def config(output: str, *, steps: int, setting: Setting) -> dict[str, Any]:
+def config(output: str, *, steps: int, setting: Setting, point: Point) -> dict[str, Any]:
     """The paceline config of the bench; the peers take model and data from it."""
     return {
-        "model": {"config": MODEL},
+        "model": {"preset": point.model},
         "data": DATA,
-        "batch": {"sequences": SEQUENCES, "sequence_tokens": SEQUENCE_TOKENS},
+        "batch": {"sequences": point.sequences, "sequence_tokens": point.sequence_tokens},
         "optimizer": {"name": "adamw", "lr": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY},
         "schedule": "constant",
         "precision": "bf16" if setting.bf16 else "fp32",
+        "layout": {"recompute": setting.recompute},
         "replicas": setting.processes,
         "train": {"steps": steps, "output": output, "clip_norm": CLIP_NORM, "compile": setting.compiled},
         "track": {"display": "none", "tensorboard": False},
@@ -108,7 +115,7 @@ def _status_bytes(field: str) -> int:
     raise LookupError(field)
 
 
-def run_paceline(setting: Setting, steps: int, output: Path) -> tuple[Clock, float]:
+def run_paceline(setting: Setting, point: Point, steps: int, output: Path) -> tuple[Clock, float]:
     """Through the library's own Trainer, with its defaults."""
     import paceline
 
@@ -116,7 +123,8 @@ def run_paceline(setting: Setting, steps: int, output: Path) -> tuple[Clock, flo
     clock = Clock()
     losses = []
     # One step more than is taken: the checkpoint at the end of a run is no part of a step, and no peer writes one.
-    with paceline.Trainer(config(str(output), steps=steps + 1, setting=setting), say=lambda _: None) as trainer:
+    settings = config(str(output), steps=steps + 1, setting=setting, point=point)
+    with paceline.Trainer(settings, say=lambda _: None) as trainer:
         for event in trainer.steps():
             clock.tick()
             losses.append(event.loss)
@@ -125,7 +133,7 @@ def run_paceline(setting: Setting, steps: int, output: Path) -> tuple[Clock, flo
         return clock, sum(losses) / steps
 
 
-def run_trainer(setting: Setting, steps: int, output: Path) -> tuple[Clock, float]:
+def run_trainer(setting: Setting, point: Point, steps: int, output: Path) -> tuple[Clock, float]:
     """transformers.Trainer, without logging, evaluation or saving."""
     import transformers
 
@@ -135,11 +143,11 @@ def run_trainer(setting: Setting, steps: int, output: Path) -> tuple[Clock, floa
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.tick()
 
-    dataset, model = rows_and_model()
+    dataset, model = rows_and_model(point)
     arguments = transformers.TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
-        per_device_train_batch_size=SEQUENCES // setting.processes,
+        per_device_train_batch_size=point.sequences // setting.processes,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         adam_beta1=BETAS[0],
@@ -166,9 +174,9 @@ def run_trainer(setting: Setting, steps: int, output: Path) -> tuple[Clock, floa
     return clock, trainer.train().training_loss
 
 
-def run_loop(setting: Setting, steps: int, output: Path) -> tuple[Clock, float]:
+def run_loop(setting: Setting, point: Point, steps: int, output: Path) -> tuple[Clock, float]:
     """Mixed precision as torch's documentation shows it: fp32 weights under autocast."""
-    dataset, model_of = rows_and_model()
+    dataset, model_of = rows_and_model(point)
     import_all(compiled=setting.compiled)
     clock = Clock()
     model = model_of()
@@ -177,7 +185,7 @@ def run_loop(setting: Setting, steps: int, output: Path) -> tuple[Clock, float]:
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
     generator = torch.Generator().manual_seed(SEED)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=SEQUENCES, shuffle=True, generator=generator)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=point.sequences, shuffle=True, generator=generator)
     total = 0.0
     for _, batch in zip(range(steps), loader, strict=False):
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
@@ -200,23 +208,24 @@ def import_all(*modules: str, compiled: bool) -> None:
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """The tokens of the cache in rows of a sequence."""
 
-    def __init__(self, tokens: Any) -> None:
+    def __init__(self, tokens: Any, sequence_tokens: int) -> None:
         self._tokens = tokens
+        self._length = sequence_tokens
 
     def __len__(self) -> int:
-        return len(self._tokens) // SEQUENCE_TOKENS
+        return len(self._tokens) // self._length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = torch.from_numpy(self._tokens[index * SEQUENCE_TOKENS :][:SEQUENCE_TOKENS].astype("int64"))
+        row = torch.from_numpy(self._tokens[index * self._length :][: self._length].astype("int64"))
         return {"input_ids": row, "labels": row}
 
 
-def rows_and_model() -> tuple[Rows, Callable[[], Any]]:
+def rows_and_model(point: Point) -> tuple[Rows, Callable[[], Any]]:
     """What the peers train on: paceline's token file, and its model with the weights it starts from."""
     from paceline.config import Config
     from paceline.train.assemble import prepare_data, resolve_model
 
-    parsed = Config.parse(config("unused", steps=1, setting=SETTINGS["trainer"]))
+    parsed = Config.parse(config("unused", steps=1, setting=SETTINGS["trainer"], point=point))
     source = resolve_model(parsed)
     assert source is not None
     prepared = prepare_data(parsed, source, say=lambda _: None)
@@ -226,18 +235,19 @@ def rows_and_model() -> tuple[Rows, Callable[[], Any]]:
         built.config.use_cache = False
         return built
 
-    return Rows(prepared.train[0].tokens), model
+    return Rows(prepared.train[0].tokens, point.sequence_tokens), model
 
 
-def probe() -> None:
+def probe(point: Point) -> None:
     """Prepare the data and print what the model's speed is compared with, as JSON."""
     from paceline.comm.device import claim, matmul_flops_per_s
     from paceline.comm.ranks import ALONE
     from paceline.train.assemble import model_sizes
 
-    _, model = rows_and_model()
+    _, model = rows_and_model(point)
     peak = matmul_flops_per_s(claim(ALONE), torch.bfloat16, seconds=2.0)
-    flops = model_sizes(model(), VOCABULARY).flops_per_token(SEQUENCE_TOKENS)
+    built = model()
+    flops = model_sizes(built, built.config.vocab_size).flops_per_token(point.sequence_tokens)
     print(json.dumps({"flops_per_token": flops, "peak_flops_per_s": peak}))
 
 
@@ -250,12 +260,15 @@ def main() -> None:
     parser.add_argument("setting", choices=[*SETTINGS, "probe"])
     parser.add_argument("steps", type=int, nargs="?")
     parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--model", default=Point.model)
+    parser.add_argument("--sequence-tokens", type=int, default=Point.sequence_tokens)
     arguments = parser.parse_args()
+    point = Point(model=arguments.model, sequence_tokens=arguments.sequence_tokens)
     if arguments.setting == "probe":
-        return probe()
+        return probe(point)
     setting = SETTINGS[arguments.setting]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    clock, loss = PROGRAMS[setting.program](setting, arguments.steps, arguments.folder / "run")
+    clock, loss = PROGRAMS[setting.program](setting, point, arguments.steps, arguments.folder / "run")
     result = {"ends": clock.ends, "peak_bytes": clock.peak_bytes(), "loss": loss}
     (arguments.folder / f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))
 

@@ -1,6 +1,7 @@
 """paceline against its peers on this machine: tokens per second and peak memory.
 
     python benchmarks/throughput.py [--pairs 7] [--steps 20] [--warmup 5] [--settings NAME,...] [--quick] [--json]
+                                    [--models llama-5m,llama-17m] [--sequence-tokens 256,512]
 
 Peers are transformers.Trainer (needs ``pip install paceline[bench]``) and a loop as people write it by hand, each in
 several settings; so is paceline. Everything trains the same model from the same weights on the same token file, with
@@ -8,6 +9,9 @@ AdamW and clipping. Every measurement is a fresh process (or several), and steps
 warm-up steps in which compilation falls. Every setting runs first, twice. Then the fastest of ours and the fastest of
 the peers run in turns, now one first, now the other. What counts is the lower end of the 90 % interval of the ratio of
 their speeds (Student's t on the logarithms); the last line of ``--json`` gives it as ``ratio_to_best_peer``.
+
+Every model is trained at every length, 4,096 tokens a step: by default the bench point alone, 17 M parameters at 512
+tokens. With several points the last line of ``--json`` is a list.
 
 Run it on a quiet machine: single runs differ by several per cent even there.
 """
@@ -29,13 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import contenders
-from contenders import SEQUENCE_TOKENS, SEQUENCES, SETTINGS
+from contenders import SETTINGS, TOKENS, Point
 
 import paceline
 from paceline.comm.device import processor_name
 from paceline.plan.model import FLOPS_FORMULA
 
-TOKENS = SEQUENCES * SEQUENCE_TOKENS
 CORES = len(os.sched_getaffinity(0))
 TIMEOUT_S = 1800
 
@@ -75,12 +78,12 @@ class Interval:
         return cls(low=math.exp(middle - half), middle=math.exp(middle), high=math.exp(middle + half))
 
 
-def measure(setting: str, *, steps: int, warmup: int) -> Run:
+def measure(setting: str, point: Point, *, steps: int, warmup: int) -> Run:
     """Run a setting in processes of its own and read what its ranks wrote."""
     processes = SETTINGS[setting].processes
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        start(processes, [setting, str(warmup + steps), folder])
+        start(processes, [setting, str(warmup + steps), folder, *words(point)])
         ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank-*.json"))]
     assert len(ranks) == processes, ranks
     ends = ranks[0]["ends"]
@@ -112,16 +115,21 @@ def start(processes: int, arguments: list[str]) -> str:
     return done.stdout
 
 
-def probe() -> dict[str, float]:
+def words(point: Point) -> list[str]:
+    """What names a point on the command line of ``contenders.py``."""
+    return ["--model", point.model, "--sequence-tokens", str(point.sequence_tokens)]
+
+
+def probe(point: Point) -> dict[str, float]:
     """Prepare the data; the operations of a token, and the matrix-product peak of all cores together in FLOP/s."""
-    values: dict[str, float] = json.loads(start(1, ["probe"]).splitlines()[-1])
+    values: dict[str, float] = json.loads(start(1, ["probe", *words(point)]).splitlines()[-1])
     return values
 
 
-def in_turns(ours: str, peer: str, pairs: int, *, steps: int, warmup: int) -> Iterator[tuple[Run, Run]]:
+def in_turns(ours: str, peer: str, pairs: int, point: Point, *, steps: int, warmup: int) -> Iterator[tuple[Run, Run]]:
     """Pairs of runs, (ours, peer), the second of a pair first in every other one."""
     for i in range(pairs):
-        runs = {name: measure(name, steps=steps, warmup=warmup) for name in ((ours, peer), (peer, ours))[i % 2]}
+        runs = {name: measure(name, point, steps=steps, warmup=warmup) for name in ((ours, peer), (peer, ours))[i % 2]}
         yield runs[ours], runs[peer]
 
 
@@ -143,23 +151,24 @@ def table(runs: Sequence[Run], flops_per_token: float, peak_flops_per_s: float) 
     return "\n".join(lines)
 
 
-def compare(names: Sequence[str], *, rounds: int, pairs: int, steps: int, warmup: int) -> dict[str, Any]:
+def compare(names: Sequence[str], point: Point, *, rounds: int, pairs: int, steps: int, warmup: int) -> dict[str, Any]:
     """Run everything, printing as it goes; returns the findings."""
-    first = probe()
+    print(f"{point.model}, {point.sequences} x {point.sequence_tokens} tokens a step")
+    first = probe(point)
     runs = []
     for round_ in range(rounds):
         for name in names if round_ % 2 == 0 else reversed(names):
-            runs.append(measure(name, steps=steps, warmup=warmup))
+            runs.append(measure(name, point, steps=steps, warmup=warmup))
             say(runs[-1])
     ours, peer = fastest(runs, ours=True), fastest(runs, ours=False)
     print(f"\nin turns: {ours} and {peer}, {pairs} pairs", flush=True)
     found = []
-    for pair in in_turns(ours, peer, pairs, steps=steps, warmup=warmup):
+    for pair in in_turns(ours, peer, pairs, point, steps=steps, warmup=warmup):
         found.append(pair)
         runs += pair
         for run in pair:
             say(run)
-    peak = max(first["peak_flops_per_s"], probe()["peak_flops_per_s"])
+    peak = max(first["peak_flops_per_s"], probe(point)["peak_flops_per_s"])
     speed = Interval.of([mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in found])
     memory = statistics.median(mine.peak_bytes / theirs.peak_bytes for mine, theirs in found)
     print(f"\n{table(runs, first['flops_per_token'], peak)}\n")
@@ -172,6 +181,7 @@ def compare(names: Sequence[str], *, rounds: int, pairs: int, steps: int, warmup
         "ratio_to_best_peer": speed.low,
         "memory_ratio_to_best_peer": memory,
         "ratio_interval": asdict(speed),
+        "point": asdict(point),
         "ours": ours,
         "best_peer": peer,
         "pairs": [[mine.tokens_per_s, theirs.tokens_per_s] for mine, theirs in found],
@@ -216,16 +226,38 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a run")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them")
     parser.add_argument("--settings", help=f"comma-separated, default all: {', '.join(SETTINGS)}")
+    parser.add_argument("--models", default=Point.model, help="comma-separated presets of paceline")
+    parser.add_argument("--sequence-tokens", default=str(Point.sequence_tokens), help="comma-separated lengths")
     parser.add_argument("--quick", action="store_true", help="one round, 2 pairs of 3 steps: to see that it works")
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
     given = parser.parse_args()
     names = chosen(given.settings)
+    effort = {"rounds": 2, "pairs": max(2, given.pairs), "steps": given.steps, "warmup": given.warmup}
     if given.quick:
-        findings = compare(names, rounds=1, pairs=2, steps=3, warmup=2)
-    else:
-        findings = compare(names, rounds=2, pairs=max(2, given.pairs), steps=given.steps, warmup=given.warmup)
+        effort = {"rounds": 1, "pairs": 2, "steps": 3, "warmup": 2}
+    points = [
+        Point(model=model, sequence_tokens=int(tokens))
+        for model in given.models.split(",")
+        for tokens in given.sequence_tokens.split(",")
+    ]
+    findings = []
+    for point in points:
+        findings.append(compare(names, point, **effort))
+        print(flush=True)
+    if len(points) > 1:
+        print("\n".join(summary(found) for found in findings))
     if given.json:
-        print(json.dumps(findings))
+        print(json.dumps(findings if len(points) > 1 else findings[0]))
+
+
+def summary(found: dict[str, Any]) -> str:
+    """A line on a point."""
+    interval, point = found["ratio_interval"], found["point"]
+    return (
+        f"{point['model']:<12}{point['sequence_tokens']:>6}  {found['ours']:<22}{found['best_peer']:<22}"
+        f"speed {interval['middle']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
+        f"  memory {found['memory_ratio_to_best_peer']:.3f}"
+    )
 
 
 if __name__ == "__main__":

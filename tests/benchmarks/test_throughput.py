@@ -53,9 +53,9 @@ def test_the_fastest_is_the_one_with_the_best_median(throughput):
 def test_pairs_take_turns_in_who_runs_first(throughput, monkeypatch):
     order = []
     monkeypatch.setattr(
-        throughput, "measure", lambda name, **_: order.append(name) or run(throughput, name, 1.0 + len(order))
+        throughput, "measure", lambda name, *_, **__: order.append(name) or run(throughput, name, 1.0 + len(order))
     )
-    pairs = list(throughput.in_turns("paceline", "loop", 3, steps=1, warmup=1))
+    pairs = list(throughput.in_turns("paceline", "loop", 3, throughput.Point(), steps=1, warmup=1))
     assert order == ["paceline", "loop", "loop", "paceline", "paceline", "loop"]
     assert all((mine.setting, theirs.setting) == ("paceline", "loop") for mine, theirs in pairs)
 
@@ -63,11 +63,11 @@ def test_pairs_take_turns_in_who_runs_first(throughput, monkeypatch):
 def test_findings(throughput, monkeypatch, capsys):
     speeds = {"paceline": 150.0, "paceline-2p": 200.0, "loop": 120.0, "trainer": 160.0}
     memory = {"paceline-2p": 700, "trainer": 1000}
-    monkeypatch.setattr(throughput, "probe", lambda: {"flops_per_token": 1e8, "peak_flops_per_s": 1e11})
+    monkeypatch.setattr(throughput, "probe", lambda _: {"flops_per_token": 1e8, "peak_flops_per_s": 1e11})
     monkeypatch.setattr(
-        throughput, "measure", lambda name, **_: run(throughput, name, speeds[name], memory.get(name, 1) * 2**20)
+        throughput, "measure", lambda name, *_, **__: run(throughput, name, speeds[name], memory.get(name, 1) * 2**20)
     )
-    found = throughput.compare(list(speeds), rounds=2, pairs=3, steps=4, warmup=2)
+    found = throughput.compare(list(speeds), throughput.Point(), rounds=2, pairs=3, steps=4, warmup=2)
     assert found["ours"] == "paceline-2p"
     assert found["best_peer"] == "trainer"
     assert found["ratio_to_best_peer"] == pytest.approx(1.25)
@@ -98,7 +98,7 @@ def test_the_config_of_the_bench_is_valid(throughput):
     from paceline.config import Config
 
     for setting in throughput.SETTINGS.values():
-        tree = throughput.contenders.config("unused", steps=1, setting=setting)
+        tree = throughput.contenders.config("unused", steps=1, setting=setting, point=throughput.Point())
         assert Config.parse(yaml.safe_load(json.dumps(tree))).replicas == setting.processes
 
 
