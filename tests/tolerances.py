@@ -13,3 +13,7 @@ FP32_GRADIENT = 1e-5
 
 FP32_RUN = 1e-4
 """Relative. Weights after a few fp32 steps of plain SGD in another order of sums, whose differences add up."""
+
+BF16_ATTENTION = 3 * 2.0**-9
+"""Relative to the tensor's norm. Attention with fp32 scores and sums: probabilities, the gradients of scores and the
+results are rounded to bf16 one after the other, by 2^-9 at most."""

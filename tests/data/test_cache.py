@@ -73,13 +73,13 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
         with open("/dev/full", "wb", buffering=0) as full:
             full.write(b"x")
 
-    with pytest.raises(DataError, match=r"cannot write the data cache: .*: No space left on device; choose data.cache"):
+    with pytest.raises(DataError, match=r"cannot write the cache: .*: No space left on device; choose data.cache"):
         cache.entry(tmp_path, "key", build, silent)
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"cannot write the data cache: .*file/cache: Not a directory"):
+    with pytest.raises(DataError, match=r"cannot write the cache: .*file/cache: Not a directory"):
         cache.entry(tmp_path / "file" / "cache", "key", builder([]), silent)
 
 

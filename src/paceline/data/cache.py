@@ -62,7 +62,7 @@ def entry(folder: Path, key: str, build: Callable[[Path], None], say: Callable[[
     except OSError as error:
         place = error.filename or folder
         raise DataError(
-            f"cannot write the data cache: {place}: {error.strerror or error}; choose data.cache"
+            f"cannot write the cache: {place}: {error.strerror or error}; choose data.cache, or set PACELINE_CACHE"
         ) from error
     return final
 

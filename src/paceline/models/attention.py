@@ -1,39 +1,52 @@
-"""Which attention a model runs: ours, by the name ``matmul``, among those of transformers.
+"""Which attention a model runs: ours, by the names ``matmul`` and ``fused``, among those of transformers.
 
 Shapes: B batch, N query heads, K key/value heads, Q queries, S keys, H width of a query or key, V width of a value.
 """
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paceline.errors import ModelError
+from paceline.models import fused_attention
 from paceline.models.blockwise import HIDDEN, attention
 
 MATMUL = "matmul"
+"""Plain matrix products, block by block."""
+FUSED = "fused"
+"""A compiled kernel, for bf16 on a CPU without bias, cap, dropout or any mask but the causal one; all else is
+``matmul``'s."""
+OURS = (MATMUL, FUSED)
 
 REFUSED = ("s_aux", "sinks", "indices", "block_indices", "cache")
 """Arguments by which families ask for what is not computed here: attention sinks, chosen keys, paged caches."""
 
 
 def register() -> None:
-    """Make ``matmul`` known to transformers, with the masks that its ``sdpa`` gets. Again changes nothing."""
+    """Make ours known to transformers, with the masks that its ``sdpa`` gets. Again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(MATMUL, matmul_attention)
-    AttentionMaskInterface.register(MATMUL, sdpa_mask)
+    for name in OURS:
+        AttentionInterface.register(name, partial(attend, name))
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def check(model_class: type[nn.Module]) -> None:
-    """Raise ``ModelError`` if a family runs an attention of its own whatever it is told."""
+def check(model_class: type[nn.Module], name: str) -> None:
+    """Raise ``ModelError`` if a family runs an attention of its own whatever it is told.
+
+    ``PlanError`` for a kernel that this machine cannot have.
+    """
     if not replaceable(model_class):
         raise ModelError(
-            f"model.attention={MATMUL}: {model_class.__name__} has an attention of its own, which cannot be replaced. "
+            f"model.attention={name}: {model_class.__name__} has an attention of its own, which cannot be replaced. "
             "Use model.attention=auto"
         )
+    if name == FUSED:
+        fused_attention.require(f"model.attention={FUSED}")
 
 
 def replaceable(model_class: type[nn.Module]) -> bool:
@@ -41,10 +54,12 @@ def replaceable(model_class: type[nn.Module]) -> bool:
     return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
-def choose(model: nn.Module, *, dtype: torch.dtype, device: torch.device) -> bool:
-    """Give a model of transformers ``matmul`` where it is the fastest; returns whether it was given.
+def choose(model: nn.Module, *, dtype: torch.dtype, device: torch.device, compiled: bool) -> bool:
+    """Give a model of transformers one of ours where it is the fastest; returns whether it was given.
 
-    That is in bf16 on a CPU. Only a family that would run ``sdpa`` gets it: what that computes is computed here too.
+    That is in bf16 on a CPU; the kernel where the model is ``compiled``, so that there is a compiler. Only a family
+    that would run ``sdpa`` gets it: what that computes is computed here too. ``PlanError`` for a kernel that this
+    machine cannot have.
     """
     config = getattr(model, "config", None)
     if dtype is not torch.bfloat16 or device.type != "cpu" or getattr(config, "_attn_implementation", None) != "sdpa":
@@ -52,12 +67,15 @@ def choose(model: nn.Module, *, dtype: torch.dtype, device: torch.device) -> boo
     if not replaceable(type(model)):
         return False
     register()
+    if compiled:
+        fused_attention.require("train.compile=true")
     hugging_face: Any = model
-    hugging_face.set_attn_implementation(MATMUL)
+    hugging_face.set_attn_implementation(FUSED if compiled else MATMUL)
     return True
 
 
-def matmul_attention(
+def attend(
+    name: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -79,7 +97,7 @@ def matmul_attention(
     refused += ["output_attentions"] if others.get("output_attentions") else []
     if refused:
         raise ModelError(
-            f"model.attention={MATMUL} does not compute {', '.join(refused)}, which {type(module).__name__} asks for. "
+            f"model.attention={name} does not compute {', '.join(refused)}, which {type(module).__name__} asks for. "
             "Use model.attention=eager"
         )
     queries = query.shape[2]
@@ -90,6 +108,9 @@ def matmul_attention(
         key, value = key[:, :, :queries], value[:, :, :queries]
         bias = None if bias is None else bias[..., :queries]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_plain = bias is None and not softcap and not dropout
+    if name == FUSED and is_plain and fused_attention.fits(query, key, value):
+        return fused_attention.fused_attention(query, key, value, causal=causal, scale=scale), None
     output = attention(query, key, value, bias=bias, causal=causal, scale=scale, softcap=softcap, dropout=dropout)
     return output, None
 

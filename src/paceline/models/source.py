@@ -183,8 +183,8 @@ class ModelSource:
         known = ["auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
         if self.attention not in known:
             raise ConfigError(f"model.attention={self.attention!r}: {unknown(self.attention, known)}")
-        if self.attention == attention.MATMUL:
-            attention.check(model_class(self.family, self.head))
+        if self.attention in attention.OURS:
+            attention.check(model_class(self.family, self.head), self.attention)
         return self.attention
 
 

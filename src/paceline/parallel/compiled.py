@@ -1,17 +1,13 @@
 """Compilation, block by block: equal blocks share one graph, and the kernels are kept in torch's cache on disk."""
 
 import functools
-import os
-import shutil
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch._functorch.config as autograd_config
 from torch import nn
 
-from paceline.errors import PlanError
+from paceline.models.kernels import require_compiler
 from paceline.parallel.blocks import blocks
 
 SELECTIVE = 0.4
@@ -28,7 +24,7 @@ def compile_blocks(model: nn.Module, *, keep: float = 1.0) -> int:
     of another shape for all shapes.
     """
     if next(model.parameters()).device.type == "cpu":
-        _require_compiler()
+        require_compiler("train.compile=true")
     parts = list(blocks(model).values()) or [model]
     for part in parts:
         part.forward = _Compiled(part, keep)
@@ -50,18 +46,3 @@ class _Compiled:
             return self._plain(*args, **kwargs)
         with autograd_config.patch(activation_memory_budget=self._keep):  # read when the first call is compiled
             return self._compiled(*args, **kwargs)
-
-
-def _require_compiler() -> None:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise PlanError(
-            f"train.compile=true needs a C++ compiler, and there is no {compiler}. Install one (or set CXX), or use "
-            "train.compile=false"
-        )
-    headers = Path(sysconfig.get_path("include"))
-    if not (headers / "Python.h").is_file():
-        raise PlanError(
-            f"train.compile=true needs the headers of Python, and there is no {headers}/Python.h. Install them "
-            "(python3-dev or the like), or use train.compile=false"
-        )

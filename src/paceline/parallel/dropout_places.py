@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paceline.models.attention import MATMUL
+from paceline.models.attention import OURS
 from paceline.objectives.base import Batch, logits_of
 from paceline.parallel.dropout_calls import Caught, Chance, Numbering, Place, enter
 
@@ -23,7 +23,7 @@ STREAMS = {"input_ids": 12, "decoder_input_ids": 9}
 """Inputs that have positions, and how many of each are tried at most."""
 FEWEST = 5
 """Positions: with these no two meanings of a dimension go from one size to the same other."""
-CAUGHT_ATTENTION = ("eager", "sdpa", MATMUL)
+CAUGHT_ATTENTION = ("eager", "sdpa", *OURS)
 """Kinds whose dropout is caught; the kernels of others draw by themselves, and may not run on a CPU."""
 
 

@@ -31,6 +31,7 @@ KEPT = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "paceline::attention",
+    "paceline::fused_attention",
 )
 """Operators, by the names of torch. One that draws random numbers inside is computed again all the same: the numbers
 that follow it would be others."""

@@ -159,7 +159,7 @@ def put_together(
     model, source, options, context = material.model, material.source, material.options, material.context
     sizes = model_sizes(model, context.special.vocabulary)
     if source and source.attention == "auto":
-        choose(model, dtype=dtype, device=device.torch_device)
+        choose(model, dtype=dtype, device=device.torch_device, compiled=config.train.compile)
     if context.isolate_documents:
         check_isolation(model, options, context)
     first = [material.train[0].row(i % len(material.train[0]), i) for i in range(2)]
