@@ -28,7 +28,7 @@ from paceline.workers.pool import Pool
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "families.md"
 LAYOUTS = ("shard=2", "tensor=2", "pipeline=2", "context=2")
 STEPS = 4
-EXPLAINED = ("refused", "by chance")
+EXPLAINED = ("refused", "by chance", "by batch")
 """Verdicts whose reasons the page lists."""
 MOST_PARAMETERS = 20_000_000
 """A family that is still larger when it is made small is not tried."""
@@ -39,7 +39,8 @@ Written by `make any-model`, with transformers {version}. Every family of causal
 in one process and over two ranks in fp64, and compared as [`paceline verify`](../guides/layouts.md#verify) compares:
 `yes` where losses, gradients, parameters and checkpoints were equal within 1e-10. `refused` comes with the number of a
 reason below; a family that is refused trains in one process, as replicas, and under the layouts that say `yes`. `by
-chance`: it trains, but draws random numbers of its own by micro-batch, so that ranks draw others than one process.
+chance`: it trains, but draws random numbers of its own by micro-batch, so that ranks draw others than one process. `by
+batch`: it trains, but what it makes of a row depends on the rows beside it in a micro-batch, in one process too.
 """
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from paceline.comm.mesh import Axis, Mesh, Tally
-from paceline.errors import ModelError, PlanError
+from paceline.errors import PlanError
 from paceline.models.heads import auto_class
 from paceline.models.tiny import TINY
 from paceline.parallel.tensor import cut_tensor
@@ -263,5 +263,5 @@ class Summed(nn.Module):
 def test_a_second_input_with_a_gradient_is_refused():
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": Summed()})])})
     cut_tensor(model, mesh(2), patterns={"mlp.up": "column", "mlp.down": "row"})
-    with pytest.raises(ModelError, match=r"layers.0.mlp gets 'memory' with a gradient"):
+    with pytest.raises(PlanError, match=r"layers.0.mlp gets 'memory' with a gradient"):
         model["layers"][0]["mlp"](torch.zeros(1, 4), torch.zeros(1, 4, requires_grad=True))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch._functorch.config as autograd_config
 from torch import nn
+from torch._functorch.partitioners import get_default_op_list
 
 from paceline.models.kernels import require_compiler
 from paceline.parallel.blocks import blocks
@@ -25,6 +26,10 @@ def compile_blocks(model: nn.Module, *, keep: float = 1.0) -> int:
     """
     if next(model.parameters()).device.type == "cpu":
         require_compiler("train.compile=true")
+    # Or torch would take attention for cheap, and compute it again first.
+    get_default_op_list().compute_intensive_ops.update(
+        {torch.ops.paceline.attention, torch.ops.paceline.fused_attention}
+    )
     parts = list(blocks(model).values()) or [model]
     for part in parts:
         part.forward = _Compiled(part, keep)

@@ -41,8 +41,12 @@ PIECE_TOKENS = 4
 TRIALS = 3
 """Of which one has to succeed: in a mixture of experts, a near tie may send a token elsewhere by rounding alone."""
 
-ERROR = 0.01
-"""How far a part may be from the same part of the whole sequence. In fp32, families that fit are at 1e-6 to 1e-4."""
+ERROR = 1e-4
+"""How far a part may be from the same part of the whole sequence, beyond rounding. In fp32, families that fit are at
+1e-7 to 5e-6; one that convolves along the sequence was at 6e-4 with fresh weights."""
+
+ROUNDINGS = 64
+"""Of fp32, relative to the greatest logit: what another order of sums may come to, be the influence ever so small."""
 
 SMALLEST = 1e-6
 """What counts as 0 among values of the order of 1: some families start with projections that are."""
@@ -77,7 +81,7 @@ def check_context(
         if worst <= ERROR:
             return
     raise PlanError(
-        f"layout.context={size}: {name} computes something else where its sequence is cut (off by {worst:.0%}): more "
+        f"layout.context={size}: {name} computes something else where its sequence is cut (off by {worst:.2%}): more "
         "than our attention looks along the sequence. Use layout.context=1, or another family"
     )
 
@@ -104,16 +108,17 @@ def _influence(model: nn.Module, batch: Batch, logits_BSV: Tensor, vocabulary: i
 def _error_of_parts(
     model: nn.Module, batch: Batch, expected_BSV: Tensor, coupling: float, attention: Attention, size: int
 ) -> float:
-    """The greatest error at any position of any rank, or of the whole sequence computed by our attention.
+    """The greatest error, beyond rounding, at any position of any rank, or of the whole sequence by our attention.
 
     Of logits as a share of ``coupling``; of what attention is given, as a share of its greatest value. The latter shows
     more: with fresh weights attention looks everywhere alike, and its result hardly depends on queries and keys.
     """
     tokens, multiple = expected_BSV.shape[1], multiple_of(attention, size)
+    rounding = ROUNDINGS * torch.finfo(torch.float32).eps * float(expected_BSV.abs().max())
     play, cut_of = _Play(), partial(ContextCut, multiple=multiple, positions=positions_of(model))
     whole = cut_of(size=1, spans=lambda tokens: [slice(0, tokens)], attend=play.whole)
     with _attached(model, whole):
-        worst = _distance(logits_of(model, whole.split(batch).inputs)[:, :tokens], expected_BSV) / coupling
+        worst = _distance(logits_of(model, whole.split(batch).inputs)[:, :tokens], expected_BSV)
     if not play.kept:
         raise PlanError(own_attention(model, size))
     for index in range(size):
@@ -124,8 +129,8 @@ def _error_of_parts(
             logits_BPV = logits_of(model, cut.split(batch).inputs)
         places = _places(spans(-(-tokens // multiple) * multiple))
         real = places < tokens
-        worst = max(worst, _distance(logits_BPV[:, real], expected_BSV[:, places[real]]) / coupling)
-    return max(worst, play.error)
+        worst = max(worst, _distance(logits_BPV[:, real], expected_BSV[:, places[real]]))
+    return max((worst - rounding) / coupling, play.error)
 
 
 def _places(spans: Spans) -> Tensor:

@@ -23,6 +23,7 @@ class Masters:
         self._compute: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
+        self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.parameters: dict[str, nn.Parameter] = {}
         for name, parameter in self._compute.items():
             master = torch.promote_types(parameter.dtype, torch.float32)

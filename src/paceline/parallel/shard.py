@@ -51,9 +51,9 @@ class ShardedStates:
         compute = None if dtype == master_dtype else dtype
         self._modules = _shard(model, mesh, compute, master_dtype, zero, offload, experts)
         model.to(master_dtype)  # now only this rank's rows: a whole model in 16 bits is never there in 32
-        self.parameters: dict[str, nn.Parameter] = {
-            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
+        named = dict(model.named_parameters())  # these stay; a module names gathered weights when it holds any
+        self.parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        self.frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
 
     def on_gradient(self, fn: OnGradient) -> None:
         """Call ``fn`` with the name of a parameter whenever its gradient was summed over the ranks."""

@@ -71,7 +71,7 @@ class Border:
 
 
 def enter_by_hidden_states(module: nn.Module, border: Border) -> None:
-    """Enter a region with the first argument of ``module``; ``ModelError`` for another one that learns."""
+    """Enter a region with the first argument of ``module``; ``PlanError`` for another one that learns."""
     names = list(inspect.signature(module.forward).parameters)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -82,7 +82,7 @@ def enter_by_hidden_states(module: nn.Module, border: Border) -> None:
             if name in ALSO_WHOLE and isinstance(value, Tensor):
                 entered[name] = copy(value, border.axis, where=border.where)
             elif name not in (hidden, *OF_OWN_HEADS, *PASSED_BY) and _learns(value):
-                raise ModelError(
+                raise PlanError(
                     f"layout.tensor={border.axis.size}: {border.where} gets {name!r} with a gradient, besides its "
                     f"hidden states; expected only {', '.join((*ALSO_WHOLE, *OF_OWN_HEADS, *PASSED_BY))}. Use tensor=1"
                 )

@@ -17,6 +17,8 @@ class States(Protocol):
     """The parameters that learn, whole (``Masters``) or sharded (``ShardedStates``)."""
 
     parameters: dict[str, nn.Parameter]
+    frozen: dict[str, nn.Parameter]
+    """Those that do not learn, as this rank holds them."""
 
     def on_gradient(self, fn: OnGradient) -> None:
         """Call ``fn`` with the name of a parameter whenever a backward pass has added to its gradient."""
@@ -49,6 +51,7 @@ class ModuleReplica:
         device: torch.device | None = None,
     ) -> None:
         self.shards = [Shard(name, parameter) for name, parameter in states.parameters.items()]
+        self.frozen = states.frozen
         self.optimizer = optimizer.build(states.parameters)
         self.mesh = mesh
         self.held = held or {}

@@ -20,7 +20,7 @@ def tensors(model: nn.Module, replica: ModuleReplica, sync: Sync, place: Place) 
     ``place`` is (replica, replicas).
     """
     learned = {shard.name: shard.parameter for shard in replica.shards}
-    state = {f"model/{name}": part_of(learned.get(name, p), name, replica) for name, p in model.named_parameters()}
+    state = {f"model/{name}": part_of(p, name, replica) for name, p in (replica.frozen | learned).items()}
     for name, buffer in _persistent_buffers(model):
         state[f"model/{name}"] = tensor_state(buffer, Kind.REPLICATED, holder=_stage_holder(replica))
     for name, parameter in learned.items():

@@ -5,7 +5,7 @@ Without it, another order of sums would show as 1e-7, and so would a small mista
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -18,19 +18,19 @@ def in_double() -> Iterator[None]:
 
     Compiled blocks are cut in two at such a cast, which torch says each time.
     """
+    with torch.device("meta"):
+        torch.zeros(0)  # torch looks once for all which functions make tensors: it is to find its own
     functional = torch.nn.functional
-    with (
-        warnings.catch_warnings(),
-        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-        mock.patch.object(torch.Tensor, "to", _wide(torch.Tensor.to)),
-        mock.patch.object(torch.Tensor, "type", _wide(torch.Tensor.type)),
-        mock.patch.object(torch.Tensor, "softmax", _wide(torch.Tensor.softmax)),
-        mock.patch.object(torch, "zeros", _wide(torch.zeros)),
-        mock.patch.object(torch, "zeros_like", _wide(torch.zeros_like)),
-        mock.patch.object(torch, "softmax", _wide(torch.softmax)),
-        mock.patch.object(functional, "softmax", _wide(functional.softmax)),
-        mock.patch.object(functional, "log_softmax", _wide(functional.log_softmax)),
-    ):
+    patched = [
+        *((torch.Tensor, name) for name in ("to", "type", "softmax", "sum", "mean", "cumsum")),
+        *((torch, name) for name in ("zeros", "zeros_like", "softmax", "sum", "mean", "cumsum")),
+        *((functional, name) for name in ("softmax", "log_softmax")),
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
+        for owner, name in patched:
+            stack.enter_context(mock.patch.object(owner, name, _wide(getattr(owner, name))))
         warnings.filterwarnings("ignore", "Dynamo does not know how to trace the builtin", UserWarning)
         yield
 

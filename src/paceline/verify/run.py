@@ -11,7 +11,7 @@ from paceline.checkpoint.folder import step_name
 from paceline.config import Config, LayoutConfig
 from paceline.errors import ConfigError, PlanError, WorkerError
 from paceline.plan.run import plan_run
-from paceline.verify.cases import Case, parse
+from paceline.verify.cases import SEQUENCES, Case, parse
 from paceline.verify.compare import Boxes, Difference, bounds_of, compare, compare_saved, gradient_distance
 from paceline.verify.probe import Half, probe
 from paceline.verify.routing import NEAR_TIE
@@ -35,7 +35,8 @@ class Row:
 
     layout: str
     verdict: str
-    """``equal``, ``DIFFERS``, ``by chance`` (differs, as other random numbers are drawn), ``refused`` or ``failed``."""
+    """``equal``, ``DIFFERS``, ``by chance`` (other random numbers are drawn), ``by batch`` (micro-batches of its
+    size differ in one process too), ``refused`` or ``failed``."""
     reason: str = ""
     difference: Difference | None = None
     sent_bytes: float = 0.0
@@ -198,6 +199,11 @@ class Trial:
         verdict = "DIFFERS" if wrong else "equal"
         if wrong and (by_chance := self._own_run["by_chance"]):
             verdict, wrong = "by chance", (f"{by_chance}, by micro-batch and not by sequence", *wrong)
+        elif wrong and (rows := self._micro_batch_that_differs(case)):
+            said = (
+                f"in one process too, micro-batches of {rows} row(s) differ: what is beside a row changes what it gives"
+            )
+            verdict, wrong = "by batch", (said, *wrong)
         return Row(
             layout=case.name,
             verdict=verdict,
@@ -207,6 +213,23 @@ class Trial:
             memory_bytes=max(run["memory_bytes"] for run in runs),
             tokens_per_s=min(run["tokens_per_s"] for run in runs),
         )
+
+    def _micro_batch_that_differs(self, case: Case) -> int:
+        """Rows of the case's micro-batches, if one process with these differs as well; else 0.
+
+        Then it is the family's own forward pass that computes rows otherwise beside others: where it breaks ties by the
+        length of the longest, for example.
+        """
+        if case.layout == LayoutConfig() and case.replicas == 1:
+            return 0
+        _, batch = plan_run(case.config(self._config, steps=self._steps, output=self._folder / "control"))
+        control = Case(layout=LayoutConfig(), accumulate=-(-SEQUENCES // batch.micro))
+        (run,) = self._run(1, [(control.config(self._config, steps=self._steps, output=self._folder / "control"), 1)])
+        shutil.rmtree(self._folder / "control", ignore_errors=True)
+        if "refused" in run:
+            return 0
+        distance = gradient_distance(self._own, Boxes(self._boxes).full())
+        return 0 if distance <= self._bounds.gradient else batch.micro
 
     def __enter__(self) -> Self:
         return self
