@@ -120,6 +120,22 @@ def test_a_block_made_alone_equals_the_block_of_the_whole_model(family, blocks):
             assert f"{name}.{key}" in tied or torch.equal(value, expected[key]), f"{name}.{key}"
 
 
+def test_the_number_of_threads_changes_no_value():
+    class Orthogonal(nn.Linear):
+        def reset_parameters(self):
+            nn.init.orthogonal_(self.weight)
+
+    before, weights = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        model = nn.Sequential(Orthogonal(32, 131))
+        initialise(model, 0)
+        assert torch.get_num_threads() == threads
+        weights.append(model[0].weight.detach())
+    torch.set_num_threads(before)
+    assert torch.equal(*weights)
+
+
 def test_the_random_state_of_the_caller_is_untouched():
     linear = nn.Linear(3, 3)
     before = torch.get_rng_state()

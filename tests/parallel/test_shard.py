@@ -2,10 +2,13 @@ import torch
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from meshes import replica
+from paceline.comm.link import LocalLink
 from paceline.optim.sgd import SGD
 from paceline.parallel.shard import ShardedStates
 from paceline.plan.layout import Grid
+from paceline.registry import SYNCS
 from paceline.train.replica import ModuleReplica
+from paceline.train.state import tensors
 from parity import tiny_llama
 
 
@@ -49,3 +52,26 @@ def from_16_bits(member):
 
 def test_masters_of_a_model_in_16_bits_are_fp32_and_have_its_values(pool):
     assert pool.run(from_16_bits, 3) == [(True, {torch.float32})] * 3
+
+
+def frozen_after_a_forward_pass(member):
+    """The state of the model, which holds gathered weights now, for a checkpoint: this rank's part of each."""
+    model = tiny_llama()
+    for block in model.model.layers:
+        block.mlp.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    with replica(member, Grid(shard=member.size)) as mesh:
+        states = ShardedStates(model, mesh, torch.float64, zero=3)
+        held = ModuleReplica(states, SGD(lr=0.1), 1.0, mesh=mesh, device=torch.device("cpu"))
+        with torch.no_grad():
+            model(input_ids=torch.arange(12)[None], use_cache=False)
+        saved = tensors(model, held, SYNCS.load("all_reduce")().build(LocalLink()), (0, 1))
+        return {slot: [block.of(state.tensor).clone() for block in state.blocks] for slot, state in saved.items()}
+
+
+def test_frozen_weights_are_saved_as_they_are_shared_also_while_they_are_gathered(pool):
+    whole = tiny_llama()
+    parts = pool.run(frozen_after_a_forward_pass, 2)
+    for name, parameter in whole.named_parameters():
+        values = torch.cat([block.flatten() for part in parts for block in part[f"model/{name}"]])
+        assert torch.equal(values, parameter.detach().flatten()), name

@@ -7,7 +7,8 @@ made alone is bit-equal to the same block of the whole model.
 
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,10 +70,21 @@ def _draw(module: nn.Module, seed: int, name: str, owner: nn.Module | None) -> N
         owners[path] = part if isinstance(part, pretrained) else around
     # Reversed: children come before their parents, who may draw a child again (GPT-2 scales c_proj by depth), and the
     # first holder of a tied parameter comes last.
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _one_thread():
         for path, part in reversed(parts):
             torch.default_generator.manual_seed(_key(seed, ".".join(filter(None, (name, path)))))
             _fill(part, owners[path])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Factorisations (orthogonal matrices) give other last bits with another number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fill(part: nn.Module, owner: nn.Module | None) -> None:
