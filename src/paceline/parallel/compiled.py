@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 import torch._functorch.config as autograd_config
-from torch import nn
-from torch._functorch.partitioners import get_default_op_list
+from torch import fx, nn
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils.checkpoint import CheckpointPolicy
 
 from paceline.models.kernels import require_compiler
 from paceline.parallel.blocks import blocks
 
-SELECTIVE = 0.4
+SELECTIVE = 0.25
 """Of what a compiled block keeps for its backward pass if speed alone counts (1; its input alone: 0): activation
-functions and norms are computed again, then the cheapest products with weights."""
+functions and norms are computed again, then the cheapest products with weights, but not attention."""
 
 
 def compile_blocks(model: nn.Module, *, keep: float = 1.0) -> int:
@@ -26,10 +28,6 @@ def compile_blocks(model: nn.Module, *, keep: float = 1.0) -> int:
     """
     if next(model.parameters()).device.type == "cpu":
         require_compiler("train.compile=true")
-    # Or torch would take attention for cheap, and compute it again first.
-    get_default_op_list().compute_intensive_ops.update(
-        {torch.ops.paceline.attention, torch.ops.paceline.fused_attention}
-    )
     parts = list(blocks(model).values()) or [model]
     for part in parts:
         part.forward = _Compiled(part, keep)
@@ -49,5 +47,22 @@ class _Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._part.training:
             return self._plain(*args, **kwargs)
-        with autograd_config.patch(activation_memory_budget=self._keep):  # read when the first call is compiled
+        with (  # read when the first call is compiled
+            autograd_config.patch(activation_memory_budget=self._keep),
+            inductor_config.patch(joint_custom_pre_pass=_KeepAttention()),
+        ):
             return self._compiled(*args, **kwargs)
+
+
+class _KeepAttention(CustomGraphPass):
+    """What attention gives is kept: torch takes operators that are not its own for cheap, and computes them again."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        kept = (torch.ops.paceline.attention.default, torch.ops.paceline.fused_attention.default)
+        for node in graph.nodes:
+            if node.target in kept:
+                for result in (node, *node.users):
+                    result.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+    def uuid(self) -> Any:
+        return f"{__name__} 1"
