@@ -70,6 +70,8 @@ class Loop:
                 self._tell_saved(self.parts.checkpointer.poll())
             if self.trackers:
                 self.trackers.step(event.values())
+            if event.skipped:
+                self._tell_skipped(event)
             if todo.evaluate:
                 self.evaluate()
             if todo.save:
@@ -89,6 +91,12 @@ class Loop:
         for saved in saves if self.trackers else ():
             text = f"{saved.path} ({saved.rank_bytes / 2**20:.1f} MiB in {saved.write_s:.2f} s)"
             self.trackers.event("checkpoint", text, step=saved.step)  # type: ignore[union-attr]
+
+    def _tell_skipped(self, event: StepEvent) -> None:
+        if self.trackers:
+            now = self.parts.built.replica.loss_scale.value
+            text = f"a gradient overflowed at loss scale {event.loss_scale:g}: step skipped, the scale is {now:g} now"
+            self.trackers.event("skip", text, step=event.step)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The model's state as transformers names it, whole and in fp32; of ranks that share it, from the last save."""
@@ -141,6 +149,8 @@ class Loop:
         batches = [built.split(parts.objective.batch(micro, seed=parts.config.seed, step=step)) for micro in rows]
         factor = parts.schedule_config.factor(step, parts.config.train.steps)
         built.replica.set_rate_factor(factor)
+        loss_scale = built.replica.loss_scale
+        scaled_by = loss_scale.value if loss_scale.is_dynamic else None
         try:
             result = train_step(
                 built.replica, parts.sync, built.schedule, batches, step=step, stop=self.stop_request.asked
@@ -169,15 +179,20 @@ class Loop:
             data_wait_s=parts.loader.wait_s,
             memory_bytes=used_bytes(parts.world.device.torch_device),
             time=time.time(),
+            skipped=result.skipped,
+            skipped_steps=loss_scale.skipped_steps,
+            loss_scale=scaled_by,
         )
         return event, result.stop
 
     def _values(self) -> dict[str, Any]:
         """The scalars of a checkpoint. Random numbers have no state of their own: they follow from seed and step."""
+        loss_scale = self.parts.built.replica.loss_scale
         return {
             "step": self.step,
             "sequences_seen": self.sequences_seen,
             "tokens_seen": self.tokens_seen,
+            **({"loss_scale": loss_scale.state()} if loss_scale.is_dynamic else {}),
             **self._identity(),
             "config": self.parts.config.tree(),
         }
@@ -198,6 +213,8 @@ class Loop:
                     )
             built = self.parts.built
             state.restore(built.model, built.replica, self.parts.sync, self._place, checkpoint, self._layout)
+            if built.replica.loss_scale.is_dynamic and "loss_scale" in values:
+                built.replica.loss_scale.load(values["loss_scale"])
         self.step = values["step"]
         self.sequences_seen = values["sequences_seen"]
         self.tokens_seen = values["tokens_seen"]
@@ -248,6 +265,7 @@ class Loop:
             "file_streams": self.parts.file_streams,
             "objective": strategy_name(config.objective),
             "optimizer": strategy_name(config.optimizer),
+            "dtype of what learns": self.parts.precision.stored,
         }
 
 

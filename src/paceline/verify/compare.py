@@ -16,7 +16,9 @@ from paceline.checkpoint import load
 from paceline.verify.routing import compare_routes
 
 ROUNDINGS = 24
-"""Of what goes through a block, there and back, in bf16."""
+"""Of what goes through a block, there and back, in 16 bits."""
+ROUNDED_BY = {"bf16": 2.0**-8, "bf16_pure": 2.0**-8, "fp16": 2.0**-11}
+"""The most that a number of 16 bits may be rounded by, relatively: half of its last place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,20 +34,22 @@ class Bounds:
     truth."""
 
 
-def bounds_of(dtype: str, blocks: int) -> Bounds:
+def bounds_of(precision: str, blocks: int) -> Bounds:
     """What another order of sums may come to.
 
-    It moves fp64 by 1e-16 a term and fp32 by 1e-7, and a run of many steps lets that grow. In bf16 every result is
-    rounded, by 2^-8 at most; roundings add up like the steps of a random walk, over the depth of the model, and two
-    runs differ by twice that.
+    It moves fp64 by 1e-16 a term and fp32 by 1e-7, and a run of many steps lets that grow. In 16 bits every result is
+    rounded; roundings add up like the steps of a random walk, over the depth of the model, and two runs differ by twice
+    that. What fp16 rounds below its normal range, by 2^-25 of a scaled gradient at most, is within the bound of fp32.
+    Where weights are rounded by chance, a value near to where the chance turns may fall to the other side, which is one
+    last place, in few of the values.
     """
-    if dtype == "fp64":
+    if precision == "fp64":
         return Bounds(loss=1e-10, gradient=1e-10, parameter=1e-10, loss_at_end=1e-8)
-    if dtype == "fp32":
+    if precision == "fp32":
         return Bounds(loss=1e-6, gradient=1e-5, parameter=1e-5, loss_at_end=1e-4)
-    assert dtype == "bf16", dtype
-    walk = 2 * 2.0**-8 * math.sqrt(ROUNDINGS * max(1, blocks))
-    return Bounds(loss=2.0**-8, gradient=walk, parameter=walk, loss_at_end=walk, floor=1e-2)
+    rounded_by = ROUNDED_BY[precision]
+    walk = 2 * rounded_by * math.sqrt(ROUNDINGS * max(1, blocks))
+    return Bounds(loss=rounded_by, gradient=walk, parameter=walk, loss_at_end=walk, floor=1e-2)
 
 
 @dataclass(frozen=True, kw_only=True)

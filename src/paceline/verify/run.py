@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from paceline.checkpoint.folder import step_name
-from paceline.config import Config, LayoutConfig
+from paceline.config import Config, LayoutConfig, LossScaleConfig
 from paceline.errors import ConfigError, PlanError, WorkerError
+from paceline.plan.precision import PRECISIONS
 from paceline.plan.run import plan_run
 from paceline.verify.cases import Case, parse
 from paceline.verify.compare import Boxes, Difference, bounds_of, compare, compare_saved, gradient_distance
@@ -18,7 +19,8 @@ from paceline.verify.routing import NEAR_TIE
 from paceline.verify.subject import Subject
 from paceline.workers.pool import Pool
 
-DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
+LOSS_SCALE = LossScaleConfig(initial=64.0, growth_steps=3)
+"""It grows six times in a run, and stays where nothing overflows: what does is for tests of its own."""
 PRELOAD = (probe.__module__,)
 STEPS = 20
 SHUFFLED = 3
@@ -99,8 +101,8 @@ def verify(
     ``layouts`` as ``cases.parse`` reads them; by default the config's own, or ``all`` for a config of one process.
     Cases of more than ``ranks`` ranks are left out of ``all`` and ``pairs``, and refused where they were named.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    if dtype not in PRECISIONS:
+        raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(PRECISIONS)}")
     own = Case(layout=config.layout, replicas=config.replicas)
     if layouts is None and own == Case(layout=LayoutConfig()):
         layouts = "all"
@@ -138,7 +140,7 @@ class Trial:
         self, config: Config, pool: Pool, *, dtype: str = "fp64", full: bool = False, steps: int = STEPS
     ) -> None:
         self.subject = Subject.of(config, full=full)
-        self._config, self._pool, self._dtype, self._full = config, pool, dtype, full
+        self._config, self._pool, self._dtype, self._full = _in_precision(config, dtype), pool, dtype, full
         self._temporary = tempfile.TemporaryDirectory(prefix="paceline-verify-")
         self._folder = Path(self._temporary.name)
         self._steps, self._half = steps, steps // 2
@@ -147,7 +149,7 @@ class Trial:
         self._saved = self._own_saved = self._kept(self._folder / "one", self._folder / "own")
         self._bounds = bounds_of(dtype, self._own_run["blocks"])
         self._exact: Trial | None = None
-        if dtype == "bf16":
+        if PRECISIONS[dtype].compute_bytes == 2:
             self._check_bound()
 
     @property
@@ -220,14 +222,14 @@ class Trial:
         distance = gradient_distance(self._own, Boxes(self._boxes).full())
         if not distance > self._bounds.gradient:
             raise ConfigError(
-                f"dtype=bf16: with rows in disorder the gradients differ by {distance:.1e}, and roundings alone may "
-                f"come to {self._bounds.gradient:.1e}: bf16 proves nothing on this model. Use fp64"
+                f"dtype={self._dtype}: with rows in disorder the gradients differ by {distance:.1e}, and roundings "
+                f"alone may come to {self._bounds.gradient:.1e}: {self._dtype} proves nothing on this model. Use fp64"
             )
 
     def _run(self, ranks: int, halves: list[Half], subject: Subject | None = None) -> list[dict[str, Any]]:
         shutil.rmtree(self._boxes, ignore_errors=True)
         self._boxes.mkdir()
-        arguments = (halves, subject or self.subject, DTYPES[self._dtype], str(self._boxes))
+        arguments = (halves, subject or self.subject, self._dtype, str(self._boxes))
         return self._pool.run(probe, ranks, *arguments, timeout_s=300.0)
 
     def _kept(self, run: Path, folder: Path) -> Path:
@@ -235,3 +237,11 @@ class Trial:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(run / "checkpoints" / step_name(self._half), folder / step_name(self._half))
         return folder
+
+
+def _in_precision(config: Config, precision: str) -> Config:
+    """The config as it is proven in a precision; in fp64 and fp32 sums of gradients are not rounded further."""
+    scale = LOSS_SCALE if PRECISIONS[precision].is_scaled else LossScaleConfig()
+    reduction = config.reduction if PRECISIONS[precision].compute_bytes == 2 else "fp32"
+    changes = {"precision": precision, "loss_scale": scale, "reduction": reduction}
+    return config.model_copy(update=changes)
