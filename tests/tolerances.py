@@ -13,3 +13,6 @@ FP32_GRADIENT = 1e-5
 
 FP32_RUN = 1e-4
 """Relative. Weights after a few fp32 steps of plain SGD in another order of sums, whose differences add up."""
+
+FP16_LOSS = 2.0**-11
+"""Relative. Another order of sums in fp16, which rounds by this much: the mean over a step's targets keeps no more."""

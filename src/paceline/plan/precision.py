@@ -64,9 +64,14 @@ PRECISIONS = {
 """By name: those of ``precision`` in a config, and fp64, which proofs are made in."""
 
 
-def resolve_precision(asked: str, units: Collection[str]) -> Precision:
-    """What a config asks for, on a device with these ``units``: only ``auto`` depends on them."""
-    return PRECISIONS[asked if asked != "auto" else "bf16" if "bf16" in units else "fp32"]
+def resolve_precision(config: Config, units: Collection[str]) -> Precision:
+    """What a config asks for, on a device with these ``units``, on which only ``auto`` depends.
+
+    Raises ``PlanError`` as ``check_precision`` does.
+    """
+    check_precision(config)
+    auto = "bf16" if "bf16" in units else "fp32"
+    return PRECISIONS[auto if config.precision == "auto" else config.precision]
 
 
 def check_precision(config: Config) -> None:

@@ -134,7 +134,7 @@ def explain(config: Config) -> Plan:
     model = source.meta()
     shapes = {info.name: info.shape for info in describe(model) if info.trainable}
     sizes = model_sizes(model, source.vocabulary or 0)
-    precision = resolve_precision(config.precision, units(torch.device("cpu")))
+    precision = resolve_precision(config, units(torch.device("cpu")))
     sync: Any = config.sync
     value_bytes = {"fp32": 4, "bf16": 2}[config.reduction]
     logit_rows = _logit_rows(config, -(-sizes.vocabulary // grid.tensor))

@@ -144,7 +144,7 @@ def assemble(
     say: Say = print,
 ) -> Parts:
     """Build every part of this rank. ``module`` and ``objective`` take the place of those the config names."""
-    precision = resolve_precision(config.precision, world.device.units)
+    precision = resolve_precision(config, world.device.units)
     material = _material(config, module=module, objective=objective, say=say)
     peak = matmul_flops_per_s(world.device, getattr(torch, precision.compute))
     peak_flops_per_s = world.coordinates.global_ranks * peak
