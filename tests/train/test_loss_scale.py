@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+import pipelines
+from meshes import replica
 from paceline.comm.device import claim
 from paceline.comm.link import LocalLink
 from paceline.comm.mesh import Mesh
@@ -16,8 +18,10 @@ from paceline.errors import NonFiniteError
 from paceline.objectives.base import ObjectiveContext
 from paceline.objectives.next_token import NextToken
 from paceline.optim.sgd import SGD
+from paceline.parallel.balance import balanced
 from paceline.plan.layout import Grid
 from paceline.plan.precision import PRECISIONS
+from paceline.schedule.accumulate import Accumulate
 from paceline.sync.all_reduce import AllReduce
 from paceline.train.build import Goal, build
 from paceline.train.loss_scale import MOST, LossScale
@@ -246,6 +250,48 @@ def test_a_loss_that_is_not_finite_is_skipped_until_the_scale_is_at_its_least():
     with pytest.raises(NonFiniteError, match="loss is inf at step 2"):
         train_step(built.replica, sync, built.schedule, batches, step=2, stop=False)
     assert all(torch.equal(before[shard.name], shard.local) for shard in built.replica.shards)
+
+
+class Told:
+    """An objective that remembers what it was told of the scale."""
+
+    def __init__(self):
+        self.scales = set()
+
+    def loss(self, model, batch):
+        if torch.is_grad_enabled():  # a pipeline looks at shapes first
+            self.scales.add(batch.scale)
+        return objective().loss(model, batch)
+
+
+def told(member, layout):
+    with replica(member, Grid.of(LayoutConfig(**layout))) as mesh:
+        goal = Told()
+        built = tiny(mesh, layout, "fp64", goal)
+        goal.scales.clear()
+        batches = [objective().batch(rows(step, 2), seed=0, step=step) for step in (1, 2, 3)]
+        built.schedule.run(batches, step=1, scale=0.375, expect=built.replica.expect)
+        return goal.scales
+
+
+@pytest.mark.parametrize("layout", [{}, {"shard": 2}, {"pipeline": 2}, {"pipeline": 2, "schedule": "gpipe"}])
+def test_losses_are_told_the_scale_in_every_schedule(pool, layout):
+    """Those that compute gradients ahead of the backward pass scale them at once."""
+    assert all(scales <= {0.375} and scales for scales in pool.run(told, Grid.of(LayoutConfig(**layout)).ranks, layout))
+
+
+def router_gradients(scale):
+    model = pipelines.build("mixtral", 2, output_router_logits=True, router_aux_loss_coef=0.5)
+    sample = pipelines.batch_of("causal", 1)
+    goal = balanced(model, pipelines.Tokens(), sample, Mesh.alone(), sequence=False)
+    schedule = Accumulate(model, goal, seed=0, device=CPU)
+    schedule.run([sample], step=1, scale=scale, expect=lambda _: None)
+    return {name: p.grad for name, p in model.named_parameters() if "gate.weight" in name}
+
+
+def test_the_balance_loss_is_scaled_with_the_rest():
+    plain, scaled = router_gradients(1.0), router_gradients(1024.0)
+    assert plain and all(torch.equal(1024.0 * plain[name], scaled[name]) for name in plain)
 
 
 class Infinite:

@@ -13,7 +13,15 @@ from paceline.errors import ConfigError, PlanError, WorkerError
 from paceline.plan.precision import PRECISIONS
 from paceline.plan.run import plan_run
 from paceline.verify.cases import Case, parse
-from paceline.verify.compare import Boxes, Difference, bounds_of, compare, compare_saved, gradient_distance
+from paceline.verify.compare import (
+    Boxes,
+    Difference,
+    bounds_of,
+    compare,
+    compare_saved,
+    gradient_distance,
+    saved_distance,
+)
 from paceline.verify.probe import Half, probe
 from paceline.verify.routing import NEAR_TIE
 from paceline.verify.subject import Subject
@@ -150,6 +158,7 @@ class Trial:
         self._bounds = bounds_of(dtype, self._own_run["blocks"])
         self._exact: Trial | None = None
         if PRECISIONS[dtype].compute_bytes == 2:
+            self._bounds = replace(self._bounds, saved=max(self._bounds.saved, 3 * self._drift()))
             self._check_bound()
 
     @property
@@ -215,6 +224,14 @@ class Trial:
         return Case(layout=LayoutConfig(), accumulate=1).config(
             self._config, steps=self._steps, output=self._folder / name
         )
+
+    def _drift(self) -> float:
+        """What roundings alone come to in saved states, of which no depth tells: one process, its batches in other
+        micro-batches, is so far from itself."""
+        case = Case(layout=LayoutConfig(), accumulate=3)
+        output = self._folder / "drift"
+        self._run(1, [(case.config(self._config, steps=self._steps, output=output), self._half)])
+        return saved_distance(self._own_saved, output / "checkpoints", self._half, self._bounds.floor)
 
     def _check_bound(self) -> None:
         """Raise ``ConfigError`` if the bound would let a batch pass of which every fifth row is in disorder."""
