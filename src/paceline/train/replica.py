@@ -151,14 +151,13 @@ class ModuleReplica:
 
         NaN if a gradient is not finite on any rank, also where it is a copy that is not counted.
         """
-        found = {shard.name: gradient for shard in self.shards if (gradient := shard.gradient) is not None}
-        squares = torch.zeros((), dtype=torch.float64)
-        if found:
+        squares = torch.zeros((), dtype=torch.float64, device=self._device)
+        if found := {shard.name: gradient for shard in self.shards if (gradient := shard.gradient) is not None}:
             wide = torch.promote_types(next(iter(found.values())).dtype, torch.float32)
-            norms = torch.stack(torch._foreach_norm(list(found.values()), 2, wide)).double()
-            counts = torch.tensor([float(self._owns(name)) for name in found], dtype=torch.float64)
-            squares = (norms.square() * counts.to(norms.device)).sum()  # not finite times 0 is NaN
-        return self.mesh.world.all_reduce(squares.to(self._device), where="gradient norm").sqrt().cpu()
+            norms = torch.stack(torch._foreach_norm(list(found.values()), 2, wide)).double().to(self._device)
+            owned = torch.tensor([self._owns(name) for name in found], dtype=torch.float64, device=self._device)
+            squares = (norms.square() * owned).sum()  # what is not finite is NaN, also times 0
+        return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()
 
     def _owns(self, name: str) -> bool:
         held = self.held.get(name)

@@ -99,7 +99,7 @@ class Loop:
             self.trackers.event("skip", text, step=event.step)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """The model's state as transformers names it, whole and in fp32; of ranks that share it, from the last save."""
+        """The model's state as transformers names it, whole, as it learns; of ranks that share it, from the last save."""
         parts = self.parts
         if self.coordinates.ranks > 1:
             return SavedWeights(load(self._checkpoints, self.step))
