@@ -1,5 +1,6 @@
 """The loop around the step: rates, measurements, checkpoints, and when to stop."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -94,12 +95,15 @@ class Loop:
 
     def _tell_skipped(self, event: StepEvent) -> None:
         if self.trackers:
-            now = self.parts.built.replica.loss_scale.value
-            text = f"a gradient overflowed at loss scale {event.loss_scale:g}: step skipped, the scale is {now:g} now"
+            what, now = (
+                "a gradient" if math.isfinite(event.loss) else "the loss",
+                self.parts.built.replica.loss_scale.value,
+            )
+            text = f"{what} overflowed at loss scale {event.loss_scale:g}: step skipped, the scale is {now:g} now"
             self.trackers.event("skip", text, step=event.step)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """The model's state as transformers names it, whole, as it learns; of ranks that share it, from the last save."""
+        """The model's state as transformers names it, whole; of ranks that share it, from the last save."""
         parts = self.parts
         if self.coordinates.ranks > 1:
             return SavedWeights(load(self._checkpoints, self.step))
