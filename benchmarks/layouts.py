@@ -37,6 +37,7 @@ from paceline.objectives.next_token import NextToken
 from paceline.optim.adamw import AdamW
 from paceline.plan.batch import BatchPlan, plan_batch
 from paceline.plan.layout import check_offload
+from paceline.plan.precision import PRECISIONS
 from paceline.plan.stages import check_schedule
 from paceline.registry import SYNCS
 from paceline.train.build import Built, Goal, build
@@ -131,7 +132,7 @@ def train(member: Member, case: Case, model: dict[str, Any], steps: int, warmup:
                 mesh=world.mesh,
                 optimizer=AdamW(),
                 clip_norm=1.0,
-                dtype=torch.float32,
+                precision=PRECISIONS["fp32"],
                 device=device.torch_device,
                 seed=SEED,
             )

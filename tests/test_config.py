@@ -125,8 +125,8 @@ def test_schema_is_json_and_closed():
     document = json.loads(json.dumps(schema()))
     assert document["additionalProperties"] is False
     assert set(document["required"]) == {"data", "train"}
-    keys = "model data objective optimizer schedule precision batch layout replicas sync train checkpoint evaluate"
-    assert list(document["properties"]) == [*keys.split(), "track", "seed"]
+    keys = "model data objective optimizer schedule precision reduction loss_scale batch layout replicas sync train"
+    assert list(document["properties"]) == [*keys.split(), "checkpoint", "evaluate", "track", "seed"]
 
 
 def test_a_file_that_is_no_config(tmp_path: Path):

@@ -17,3 +17,7 @@ FP32_RUN = 1e-4
 BF16_ATTENTION = 3 * 2.0**-9
 """Relative to the tensor's norm. Attention with fp32 scores and sums: probabilities, the gradients of scores and the
 results are rounded to bf16 one after the other, by 2^-9 at most."""
+
+
+FP16_LOSS = 2.0**-11
+"""Relative. Another order of sums in fp16, which rounds by this much: the mean over a step's targets keeps no more."""

@@ -213,7 +213,7 @@ MUTATIONS = (
     Mutation(
         "the parts of a gradient are not added at the end of a step",
         "train/replica.py",
-        "        for axis, shards in self._summed:\n            _add_up(axis, shards, self._device)\n",
+        "        for axis, shards in self._summed:\n            _add_up(axis, shards, self._device, self.reduction)\n",
         "",
         "tensor=2,sequence=true",
     ),
@@ -502,7 +502,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the state of a cut parameter is saved as if the cut began at its first row",
-        "train/state.py",
+        "train/place.py",
         "_with(block.start, dim, run.start + first - run.inner),",
         "_with(block.start, dim, run.start),",
         "tensor=2; replicas=2,shard=2,tensor=2",

@@ -76,7 +76,7 @@ def verify(
         typer.Option(help="'shard=2,tensor=2; pipeline=4' and so on, 'all', or 'pairs'; by default the config's own."),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="The most ranks to start.")] = 8,
-    dtype: Annotated[str, typer.Option(help="fp64, fp32 or bf16.")] = "fp64",
+    dtype: Annotated[str, typer.Option(help="fp64, fp32, bf16, bf16_pure or fp16.")] = "fp64",
     full: Annotated[bool, typer.Option("--full", help="The model as it is, not made small.")] = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -5,6 +5,7 @@ the class it configures. Nothing here is derived: what follows from other values
 of a config are collected and raised once, each with its path and its value.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -101,6 +102,28 @@ class DataConfig(Options):
         """The sources as a weighted list, whatever way they were written."""
         given = (self.source,) if isinstance(self.source, str) else self.source
         return tuple(SourceConfig(source=s) if isinstance(s, str) else s for s in given)
+
+
+class LossScaleConfig(Options):
+    """By what the loss is multiplied before the backward pass in fp16: a power of two that falls by half when a
+    gradient overflows, and doubles after many steps without."""
+
+    initial: Positive = 65536.0
+    """In the first step; a power of two."""
+    growth_steps: Count = 2000
+    """Steps without overflow after which it doubles, up to 2^24."""
+    least: Positive = 1.0
+    """An overflow at this scale, or a loss that is not finite at it, ends the run; a power of two."""
+
+    @model_validator(mode="after")
+    def _powers_of_two(self) -> Self:
+        """So that scaling rounds nothing."""
+        for name in ("initial", "least"):
+            if math.frexp(value := getattr(self, name))[0] != 0.5:
+                raise ValueError(f"{name}={value:g} is not a power of two; use {2.0 ** round(math.log2(value)):g}")
+        if self.least > self.initial:
+            raise ValueError(f"least={self.least:g} is above initial={self.initial:g}")
+        return self
 
 
 class BatchConfig(Options):
@@ -206,8 +229,12 @@ class Config(Options):
     objective: SerializeAsAny[Options]
     optimizer: SerializeAsAny[Options]
     schedule: SerializeAsAny[Options]
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """``auto``: bf16 where the processor has the units, else fp32. bf16 keeps fp32 master weights."""
+    precision: Literal["auto", "fp32", "bf16", "bf16_pure", "fp16", "fp8"] = "auto"
+    """``auto``: bf16 where the processor has the units, else fp32. bf16 and fp16 learn in fp32 masters of the weights;
+    bf16_pure learns in bf16 itself, and rounds at random. fp8 is not built yet, and refused."""
+    reduction: Literal["fp32", "bf16"] = "fp32"
+    """In what gradients are summed over the ranks of a replica and over replicas. Sums over micro-batches are fp32."""
+    loss_scale: LossScaleConfig = LossScaleConfig()
     batch: BatchConfig = BatchConfig()
     layout: LayoutConfig = LayoutConfig()
     replicas: Count = 1

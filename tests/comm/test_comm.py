@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from paceline.comm.device import Device, claim, cores, cpu_has_bf16_units, matmul_flops_per_s
+from paceline.comm.device import Device, claim, cores, matmul_flops_per_s, units
 from paceline.comm.link import LocalLink, all_reduce_bytes
 from paceline.comm.ranks import ALONE, Coordinates
 from paceline.comm.world import Rendezvous, join
@@ -20,7 +20,7 @@ def test_the_processor_is_claimed_with_its_share_of_cores():
     device = claim(ALONE)
     assert device.torch_device == torch.device("cpu") and device.backend == "gloo"
     assert device.threads == torch.get_num_threads() == 1  # OMP_NUM_THREADS of the tests
-    assert device.has_bf16_units == cpu_has_bf16_units()
+    assert device.units == units(torch.device("cpu")) <= {"bf16", "fp16"}
     assert cores() >= 1 and device.name
 
 
@@ -33,7 +33,7 @@ def test_threads_of_several_levels_and_none_at_all(monkeypatch):
 
 
 def test_the_measured_peak_is_a_speed():
-    device = Device(torch_device=torch.device("cpu"), backend="gloo", name="x", has_bf16_units=False, threads=1)
+    device = Device(torch_device=torch.device("cpu"), backend="gloo", name="x", units=frozenset(), threads=1)
     assert 1e8 < matmul_flops_per_s(device, torch.float32, size=128, seconds=0.01) < 1e15
 
 

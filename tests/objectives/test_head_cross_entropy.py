@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -104,6 +106,31 @@ def test_what_stands_where_there_is_no_target_does_not_matter(case):
     assert torch.equal(total, head_cross_entropy(hidden, weight, bias, labels))
     of_hidden, of_weight = torch.autograd.grad(total, (spoilt, weight))
     assert of_weight.isfinite().all() and not of_hidden[labels == -100].any()
+
+
+def in_fp16(logit, scale):
+    """Gradients of a sum that is scaled by 2^12; all entries but one have a probability near exp(-logit)."""
+    hidden = torch.ones(4, 8, dtype=torch.float16).requires_grad_()
+    weight = torch.zeros(6, 8, dtype=torch.float16)
+    weight[0] = logit / 8
+    weight.requires_grad_()
+    total = head_cross_entropy(hidden, weight, None, torch.zeros(4, dtype=torch.int64), scale=scale)
+    return torch.autograd.grad(total * 2.0**12, (hidden, weight))
+
+
+def test_small_gradients_in_fp16_are_scaled_before_they_are_held():
+    """exp(-17.5) = 2.5e-8 is nothing in fp16; times the scale it is a number of it."""
+    probability = math.exp(-17.5) / (1 + 5 * math.exp(-17.5))
+    _, of_weight = in_fp16(17.5, scale=2.0**12)
+    expected = torch.full((5, 8), 4 * probability * 2.0**12)
+    assert torch.allclose(of_weight[1:].float(), expected, rtol=2.0**-10, atol=0.0)
+    assert not in_fp16(17.5, scale=1.0)[1][1:].any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**12, 2.0**12 / 3])
+def test_what_the_scale_was_expected_to_be_does_not_change_gradients(scale):
+    ahead, after = in_fp16(2.0, scale), in_fp16(2.0, 1.0)
+    assert all(torch.allclose(a, b, rtol=2.0**-9, atol=1e-2) for a, b in zip(ahead, after, strict=True))
 
 
 def test_a_label_outside_the_vocabulary_is_an_error(case):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -75,3 +76,37 @@ def test_frozen_weights_are_saved_as_they_are_shared_also_while_they_are_gathere
     for name, parameter in whole.named_parameters():
         values = torch.cat([block.flatten() for part in parts for block in part[f"model/{name}"]])
         assert torch.equal(values, parameter.detach().flatten()), name
+
+
+def in_16_bits(member, zero, reduction):
+    """A gradient of three micro-batches, and the bytes that its sum over the ranks took."""
+    with replica(member, Grid(shard=member.size)) as mesh:
+        model = torch.nn.Linear(1, 2, bias=False)
+        states = ShardedStates(model, mesh, torch.float32, zero=zero, reduction=reduction)
+        for i, value in enumerate((256.0, 1.0, 1.0)):
+            states.expect(i == 2)
+            model(torch.full((1, 1), value)).sum().backward()
+        (gradient,) = (parameter.grad.to_local() for parameter in states.parameters.values())
+        sent = mesh.tally.bytes["reduce_scatter", "states", "the rest"]
+        return gradient.dtype, gradient.flatten().tolist(), sent
+
+
+@pytest.mark.parametrize(("zero", "passes"), [(1, 1), (2, 3), (3, 3)])
+def test_sums_over_ranks_in_bf16_leave_those_over_micro_batches_in_fp32(pool, zero, passes):
+    """256 + 1 is not a bf16 number: added in bf16, the later micro-batches would be lost."""
+    for reduction, itemsize in ((None, 4), (torch.bfloat16, 2)):
+        for dtype, gradient, sent in pool.run(in_16_bits, 2, zero, reduction):
+            assert (dtype, gradient, sent) == (torch.float32, [2 * 258.0], passes * 2 * itemsize)
+
+
+def rounded_on_the_way(member):
+    """1 + 2^-9 from each rank, summed in bf16."""
+    with replica(member, Grid(shard=member.size)) as mesh:
+        model = torch.nn.Linear(1, 2, bias=False)
+        states = ShardedStates(model, mesh, torch.float32, zero=3, reduction=torch.bfloat16)
+        model(torch.full((1, 1), 1.0 + 2.0**-9)).sum().backward()
+        return [parameter.grad.to_local().item() for parameter in states.parameters.values()]
+
+
+def test_what_is_sent_in_bf16_is_rounded(pool):
+    assert pool.run(rounded_on_the_way, 2) == [[2.0], [2.0]]

@@ -8,6 +8,7 @@ from paceline.plan.batch import plan_batch
 from paceline.plan.layout import Grid
 from paceline.plan.memory import rank_memory
 from paceline.plan.model import ModelSizes
+from paceline.plan.precision import PRECISIONS
 
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 50))
@@ -73,7 +74,7 @@ def memory(precision="bf16", grid=ONE, zero=3, recompute="none", logit_rows=None
         batch,
         grid=grid,
         zero=zero,
-        precision=precision,
+        precision=PRECISIONS[precision],
         recompute=recompute,
         state_per_parameter=2,
         sync_bytes=0,

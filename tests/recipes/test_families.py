@@ -12,7 +12,7 @@ from paceline.models.tiny import TINY
 OBJECTIVES = {"causal": "next_token", "masked": "masked", "seq2seq": "seq2seq"}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_pure", "fp16"])
 @pytest.mark.parametrize("family", TINY)
 def test_a_family_trains_resumes_and_is_measured(family, precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_texts(tmp_path)

@@ -119,6 +119,42 @@ def test_a_parameter_without_gradient_anywhere_is_left_alone(pool):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def summed(member, reduction, pure):
+    """The sum of a gradient of each replica, and the bytes this one sent for it."""
+    model = torch.nn.Linear(64, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    states = Masters(model, torch.bfloat16 if pure else torch.float32, pure=pure)
+    replica = ModuleReplica(states, SGD(lr=1.0), None, mesh=Mesh.alone(), reduction=reduction)
+    between = _link(member)
+    sync = AllReduce().build(between)
+    sync.start(replica)
+    sync.begin(1, replica, 1)
+    replica.expect(True)
+    before = between.sent_bytes
+    factor = (256.0, 1.0, 1.0)[member.index] if pure else 1.0 + 2.0**-9
+    (model.weight * factor).sum().backward()
+    replica.end_backward()
+    sent = between.sent_bytes - before
+    sync.update(replica)
+    return -replica.shards[0].local[0, 0].item(), sent
+
+
+@pytest.mark.parametrize(
+    ("reduction", "pure", "expected", "value_bytes"),
+    [
+        (None, False, 3 * (1 + 2.0**-9), 4),
+        (torch.bfloat16, False, 3.0, 2),
+        (None, True, 258.0, 4),  # in bf16 256 + 1 is 256
+    ],
+)
+def test_gradients_are_summed_in_what_was_asked_for(pool, reduction, pure, expected, value_bytes):
+    for total, sent in pool.run(summed, 3, reduction, pure):
+        assert (total, sent) == (expected, link.all_reduce_bytes(value_bytes * 65, 3))
+    shapes = {"weight": (1, 64)}
+    assert AllReduce().wire_bytes(shapes, 3, value_bytes) == sent + link.all_reduce_bytes(8, 3)
+    assert AllReduce().state_bytes(shapes, value_bytes) == 65 * value_bytes
+
+
 def sharded(member):
     """Replicas x shards: each replica a world of its own, links between counterparts (2 x 2 ranks)."""
     from parity import CPU, objective, share

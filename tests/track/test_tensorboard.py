@@ -21,7 +21,7 @@ def texts(folder: Path, tag: str) -> list[tuple[int, str]]:
 def test_scalars_come_back_at_their_steps_while_the_file_is_open(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     board.step(metrics_of(1))
-    board.step(metrics_of(2) | {"mfu": None})
+    board.step(metrics_of(2) | {"mfu": None, "loss_scale": 4.0, "skipped_steps": 1})
     board.evaluation({"step": 2, "loss": 2.5, "bits_per_byte": None, "time": 1.0})
     assert points(tmp_path, "train/loss") == [
         (1, pytest.approx(metrics_of(1)["loss"])),
@@ -31,6 +31,7 @@ def test_scalars_come_back_at_their_steps_while_the_file_is_open(tmp_path: Path)
     assert points(tmp_path, "held_out/loss") == [(2, 2.5)]
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
     assert set(tags) == {*TAGS.values(), HELD_OUT_TAGS["loss"]}
+    assert points(tmp_path, "train/loss_scale") == [(2, 4.0)], "where there is one"
     board.close()
 
 

@@ -93,6 +93,26 @@ def test_plain_lines_are_aligned_and_hold_what_matters(info: RunInfo) -> None:
     ]
 
 
+SCALED = {"loss_scale": 32768.0, "skipped": False, "skipped_steps": 3}
+
+
+def test_a_loss_scale_is_shown_where_there_is_one(info: RunInfo) -> None:
+    stream, clock = io.StringIO(), Clock()
+    plain, (live, _, _) = PlainDisplay(info, stream, monotonic=clock), live_at(120, info)
+    for step, more in ((1, {}), (2, SCALED | {"skipped_steps": 0}), (3, SCALED)):
+        plain.step(metrics_of(step) | more)
+        live.step(metrics_of(step) | more)
+        shown = [line for line in rendered(live, 120) if "loss scale" in line]
+        assert [words in line for line in shown for words in ("32,768", ", 3 skipped")] == {
+            1: [],
+            2: [True, False],
+            3: [True, True],
+        }[step]
+    live.close()
+    assert ["loss scale" in line for line in stream.getvalue().splitlines()[-3:]] == [False, False, True]
+    assert stream.getvalue().endswith("left  loss scale 32,768, 3 skipped\n")
+
+
 def test_plain_lines_thin_out_and_end_with_the_last_step(info: RunInfo) -> None:
     quick = run_plain(info, 200, 0.01)
     assert [line.split()[1] for line in quick] == ["1/200", "2/200", "3/200", "103/200", "200/200"]

@@ -20,7 +20,8 @@ class Device:
     backend: str
     """The torch.distributed backend for tensors on this device."""
     name: str
-    has_bf16_units: bool
+    units: frozenset[str]
+    """The dtypes of 16 bits, ``bf16`` and ``fp16``, whose matrices it multiplies in hardware."""
     threads: int
 
 
@@ -36,7 +37,7 @@ def claim(coordinates: Coordinates) -> Device:
             torch_device=device,
             backend="nccl",
             name=torch.cuda.get_device_name(device),
-            has_bf16_units=torch.cuda.is_bf16_supported(including_emulation=False),
+            units=units(device),
             threads=torch.get_num_threads(),
         )
     threads = _asked_threads() or max(1, cores() // coordinates.local_ranks)
@@ -46,7 +47,7 @@ def claim(coordinates: Coordinates) -> Device:
         torch_device=torch.device("cpu"),
         backend="gloo",
         name=processor_name(),
-        has_bf16_units=cpu_has_bf16_units(),
+        units=units(torch.device("cpu")),
         threads=threads,
     )
 
@@ -76,10 +77,23 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def cpu_has_bf16_units() -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX, or Arm's bf16)."""
+_DTYPES_WITH_UNITS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_PROCESSOR_UNITS = {
+    "bf16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+"""What gives a processor units for a dtype: x86's AVX-512 and AMX, Arm's vectors; names of ``torch.cpu``."""
+
+
+def units(device: torch.device) -> frozenset[str]:
+    """The dtypes of 16 bits whose matrices a device multiplies in hardware: ``bf16``, ``fp16``."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return frozenset({"fp16", "bf16"} if has_bf16 else {"fp16"})
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    return frozenset(
+        dtype for dtype, keys in _PROCESSOR_UNITS.items() if any(capabilities.get(key, False) for key in keys)
+    )
 
 
 def processor_name() -> str:
@@ -95,7 +109,12 @@ def processor_name() -> str:
 
 
 def matmul_flops_per_s(device: Device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.2) -> float:
-    """Measured peak of square matrix products on this rank's device, in FLOP/s: the best of repeated tries."""
+    """Measured peak of square matrix products on this rank's device, in FLOP/s: the best of repeated tries.
+
+    Matrices of a dtype without units are smaller: a large product can take seconds.
+    """
+    if _DTYPES_WITH_UNITS.get(dtype, "") not in device.units | {""}:
+        size = min(size, 256)
     a_MM = torch.randn(size, size, device=device.torch_device).to(dtype)
     out_MM = a_MM @ a_MM
     best_s = float("inf")

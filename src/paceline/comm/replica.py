@@ -41,6 +41,10 @@ class Shard:
             gradient = self.parameter.grad = gradient.redistribute(placements=placements)
         return None if gradient is None else local_part(gradient)
 
+    def summed_in(self, reduction: torch.dtype | None) -> torch.dtype:
+        """What gradients like this one are summed in: ``reduction``, or by default fp32 or more."""
+        return reduction or torch.promote_types(self.local.dtype, torch.float32)
+
     def set_gradient(self, local: torch.Tensor | None) -> None:
         """Replace the local part of the gradient; None says that no replica has one."""
         own = self.gradient
@@ -51,14 +55,14 @@ class Shard:
         elif isinstance(self.parameter, DTensor):
             like = self.parameter
             self.parameter.grad = DTensor.from_local(
-                local.reshape(self.local.shape).clone(),
+                local.reshape(self.local.shape).to(self.local.dtype, copy=True),
                 like.device_mesh,
                 like.placements,
                 shape=like.shape,
                 stride=like.stride(),
             )
         else:
-            self.parameter.grad = local.reshape(self.parameter.shape).clone()
+            self.parameter.grad = local.reshape(self.parameter.shape).to(self.local.dtype, copy=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,9 @@ class Finish:
 
     stepped: bool
     gradient_norm: float
-    """Global L2 norm of the gradient before clipping, over every axis of the replica."""
+    """Global L2 norm of the gradient before clipping, over every axis of the replica; NaN if a value is not finite."""
+    overflowed: bool = False
+    """The step was left out, and the next ones will be taken at a lower loss scale: as it should be in fp16."""
 
 
 class Replica(Protocol):
@@ -76,6 +82,11 @@ class Replica(Protocol):
     @property
     def shards(self) -> Sequence[Shard]:
         """Trainable parameters held by this rank, in an order that is the same in every replica."""
+        ...
+
+    @property
+    def reduction(self) -> torch.dtype | None:
+        """What gradients are summed in; None for fp32 or more, as they come."""
         ...
 
     def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:

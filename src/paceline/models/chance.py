@@ -1,4 +1,4 @@
-"""Chance that follows from numbers, not from a stream: which elements dropout takes.
+"""Chance that follows from numbers, not from a stream: which elements dropout takes, what is rounded up.
 
 A stream of random numbers gives each element what is next, so what an element gets depends on which others a rank
 computes, and in what order. Here it depends on where the element stands alone: the numbers that say so (which step,
@@ -8,7 +8,7 @@ is mixed in by a hash of few operations on 32 bits, for it is computed for every
 ``fold`` is element n of the generator SplitMix64 that starts at the key (Steele, Lea and Flood 2014, "Fast splittable
 pseudorandom number generators", figure 16). The hash has the rounds and constants of lowbias32 (Wellons 2018,
 "Prospecting for hash functions"), with the upper half of the key between its rounds and without the last shift, which
-changes low bits only, and a comparison hardly sees these.
+changes low bits only: a comparison hardly sees these, and who wants fewer bits takes the upper ones.
 """
 
 from hashlib import blake2b
@@ -40,6 +40,16 @@ def taken(keys: Tensor, columns: Tensor, probability: float) -> Tensor:
 
     True with ``probability``, rounded to a multiple of 2^-32, independently of all other keys and columns.
     """
+    x = drawn(keys, columns)
+    threshold = round(probability * (1 << 32)) - (1 << 31)
+    return x < threshold if threshold < 1 << 31 else torch.ones_like(x, dtype=torch.bool)
+
+
+def drawn(keys: Tensor, columns: Tensor) -> Tensor:
+    """Numbers of all bits alike: int32 (..., C), for ``keys`` (...) and ``columns`` (C,), both int64.
+
+    Each is drawn independently of those for all other keys and columns. The upper bits are the better ones.
+    """
     low, high = keys.contiguous().unsqueeze(-1).view(torch.int32).unsqueeze(-2).unbind(-1)
     x = low ^ fold(0, columns).to(torch.int32)
     x ^= _shifted(x, 16, 32)
@@ -47,8 +57,7 @@ def taken(keys: Tensor, columns: Tensor, probability: float) -> Tensor:
     x ^= high
     x ^= _shifted(x, 15, 32)
     x *= _ROUND[1]
-    threshold = round(probability * (1 << 32)) - (1 << 31)
-    return x < threshold if threshold < 1 << 31 else torch.ones_like(x, dtype=torch.bool)
+    return x
 
 
 def _shifted(x: Tensor, by: int, bits: int) -> Tensor:

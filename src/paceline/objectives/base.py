@@ -45,6 +45,9 @@ class Batch:
     """Place of each row in the run's global order."""
     columns: Tensor | None = None
     """(P,) int64, on the CPU: the positions of the whole sequence that the inputs are a part of; None for all."""
+    scale: float = 1.0
+    """What the loss will be multiplied by before the backward pass: in fp16, gradients that are computed ahead of it
+    would be too small without."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
@@ -117,7 +120,7 @@ def token_loss(model: nn.Module, batch: Batch) -> Tensor:
             f"({', '.join(str(size) for size in batch.labels.shape)}, vocabulary)"
         )
     if isinstance(logits_BSV, DeferredLogits):
-        return head_cross_entropy(*logits_BSV.parts(), batch.labels, vocabulary_cut(model))
+        return head_cross_entropy(*logits_BSV.parts(), batch.labels, vocabulary_cut(model), scale=batch.scale)
     return summed_cross_entropy(logits_BSV, batch.labels, vocabulary_cut(model))
 
 

@@ -27,18 +27,27 @@ LEAST_ROWS = 128
 
 
 def head_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cut: VocabularyCut | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cut: VocabularyCut | None = None,
+    *,
+    scale: float = 1.0,
 ) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T + bias)[label] over all positions whose label is not -100.
 
     ``hidden`` (B, S, D) or (N, D), ``weight`` (V, D) and ``bias`` (V,) of one floating dtype, in which the logits are;
     ``labels`` (B, S) or (N,) int64. With ``cut`` the head has this rank's entries and padding, the labels are of the
-    whole vocabulary, and all ranks get the same sum, though of the gradient of ``hidden`` each has its part. Returns a
+    whole vocabulary, and all ranks get the same sum, though of the gradient of ``hidden`` each has its part. ``scale``:
+    what the sum's own gradient is expected to be, with which gradients in fp16 are held until it comes. Returns a
     scalar, computed in fp32 (fp64 for fp64); exactly 0 where no position has a target. Differentiable once. Raises
     ``IndexError`` or ``RuntimeError`` for a label outside the vocabulary.
     """
     learns = torch.is_grad_enabled()
-    total: Tensor = _HeadCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), cut, learns)  # type: ignore[no-untyped-call]
+    given = hidden.flatten(0, -2), weight, bias, labels.flatten()
+    ahead = scale if hidden.dtype is torch.float16 else 1.0
+    total: Tensor = _HeadCrossEntropy.apply(*given, cut, learns, ahead)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -52,10 +61,12 @@ class _HeadCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         cut: VocabularyCut | None,
         learns: bool,
+        scale: float,
     ) -> Tensor:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         targets_T = (labels_N != NO_TARGET).nonzero().squeeze(1)
         losses_T1 = torch.empty((len(targets_T), 1), dtype=dtype, device=hidden_ND.device)
+        ctx.scale = losses_T1.new_tensor(scale)  # rounded as the gradient of the sum will be
         wanted = [learns and needs for needs in ctx.needs_input_grad[:3]]
         grads = _Gradients(hidden_ND, weight_VD, bias_V, wanted, dtype)
         entries = len(weight_VD) if cut is None else cut.entries
@@ -69,15 +80,17 @@ class _HeadCrossEntropy(torch.autograd.Function):
             losses_T1[begin : begin + rows] = losses_C1
             if grad_CV is not None:
                 del logits_CV
-                grads.add(chunk_C, hidden_CD, own_VD, grad_CV.to(weight_VD.dtype))
+                scaled_CV = grad_CV if scale == 1.0 else grad_CV.mul_(scale)
+                grads.add(chunk_C, hidden_CD, own_VD, scaled_CV.to(weight_VD.dtype))
         ctx.save_for_backward(*grads.finished(weight_VD.dtype))
         return losses_T1.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if grad is None else grad * grad_total for grad in ctx.saved_tensors)
-        return (*grads, None, None, None)
+        rest = grad_total / ctx.scale  # 1 where it is what was expected
+        grads = (None if grad is None else grad * rest for grad in ctx.saved_tensors)
+        return (*grads, None, None, None, None)
 
 
 class _Gradients:

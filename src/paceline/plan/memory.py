@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from paceline.plan.batch import BatchPlan
 from paceline.plan.layout import Grid
 from paceline.plan.model import ModelSizes
+from paceline.plan.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,8 +13,9 @@ class RankMemory:
     """Bytes of one rank by what they hold."""
 
     master_weights: int
+    """What learns."""
     compute_weights: int
-    """What the model computes with besides the masters: a bf16 copy, or weights gathered from all shards."""
+    """What the model computes with besides what learns: a copy in 16 bits, or weights gathered from all shards."""
     gradients: int
     optimizer: int
     sync: int
@@ -37,7 +39,7 @@ def rank_memory(
     *,
     grid: Grid,
     zero: int,
-    precision: str,
+    precision: Precision,
     recompute: str,
     state_per_parameter: int,
     sync_bytes: int,
@@ -46,20 +48,21 @@ def rank_memory(
     """Memory of one rank of a replica, were all cuts even.
 
     States are exact up to what does not divide, and to the one block at a time that ZeRO 3 gathers. Experts count as
-    chosen evenly. Activations: 34
-    bytes a token and unit of width in a block at 2 bytes a value, 2 with full recompute (Korthikanti et al., arXiv
-    2205.05198, table 2), with selective recompute also the outputs of matrices and attention, 10 times the width; the
-    first of P stages keeps P micro-batches. Logits: their own dtype, and as much again for the gradient; where the loss
-    takes ``logit_rows`` at a time, these and their fp32 copy, and the gradient of the head.
+    chosen evenly. Activations: 34 bytes a token and unit of width in a block at 2 bytes a value, 2 with full recompute
+    (Korthikanti et al., arXiv 2205.05198, table 2), with selective recompute also the outputs of matrices and
+    attention, 10 times the width; the first of P stages keeps P micro-batches. Logits: their own dtype, and as much
+    again for the gradient; where the loss takes ``logit_rows`` at a time, these and their fp32 copy, and the gradient
+    of the head.
     """
-    value_bytes = 2 if precision == "bf16" else 4
+    value_bytes = precision.compute_bytes
+    gradient_bytes = precision.gradient_bytes(batch.micro_batches)
     tokens = batch.micro * batch.sequence_tokens // grid.context
     per_unit = {"none": 34, "selective": 22, "full": 2}[recompute]
     cut, sharded = grid.pipeline * grid.tensor, grid.shard * grid.context
     states = cut * sharded
     used = model.parameters - model.experts + model.experts // grid.expert
     block = used // max(1, model.layers) // grid.tensor
-    separate = precision == "bf16" or sharded > 1
+    separate = precision.has_masters or sharded > 1
     computed = (used // cut if sharded == 1 or zero < 3 else block) if separate else 0
     learned = model.trainable * used // max(1, model.parameters)
     if logit_rows is None:
@@ -68,9 +71,9 @@ def rank_memory(
         logits = model.vocabulary * (min(tokens, logit_rows) * (value_bytes + 4) + 4 * model.width)
     blocks = -(-model.layers // grid.pipeline) * min(grid.pipeline, batch.micro_batches)
     return RankMemory(
-        master_weights=4 * model.parameters // states,
+        master_weights=precision.stored_bytes * model.parameters // states,
         compute_weights=value_bytes * computed,
-        gradients=4 * learned // cut if zero == 1 else 4 * model.trainable // states,
+        gradients=gradient_bytes * learned // cut if zero == 1 else gradient_bytes * model.trainable // states,
         optimizer=4 * state_per_parameter * model.trainable // states,
         sync=sync_bytes,
         activations_estimate=tokens * model.width * blocks * per_unit * value_bytes // 2 // grid.tensor,

@@ -4,12 +4,14 @@ from paceline.config import BatchConfig, Config
 from paceline.errors import PlanError
 from paceline.plan.batch import BatchPlan, plan_batch
 from paceline.plan.layout import Grid, check_offload
+from paceline.plan.precision import check_precision
 from paceline.plan.stages import check_schedule, schedule_of
 
 
 def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
     """The grid and the batch; ``PlanError`` for what does not go together, whatever the model."""
     layout = config.layout
+    check_precision(config)
     grid = Grid.of(layout)
     data_parallel = config.replicas * grid.shard
     batch = plan_batch(_with_micro(config.batch, config, data_parallel), data_parallel)

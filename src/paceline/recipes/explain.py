@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from paceline.comm.device import cores, cpu_has_bf16_units, processor_name
+from paceline.comm.device import cores, processor_name, units
 from paceline.config import Config, strategy_name
 from paceline.errors import ConfigError
 from paceline.models.describe import describe
@@ -15,12 +15,12 @@ from paceline.plan.batch import BatchPlan
 from paceline.plan.layout import Grid
 from paceline.plan.memory import RankMemory, rank_memory
 from paceline.plan.model import ModelSizes
+from paceline.plan.precision import Precision, resolve_precision
 from paceline.plan.run import plan_run
 from paceline.train.assemble import (
     check_positions,
     model_sizes,
     resolve_model,
-    resolve_precision,
     wanted_vocabulary,
 )
 from paceline.verify.subject import Subject
@@ -35,7 +35,7 @@ class Plan:
     vocabulary_is_open: bool
     batch: BatchPlan
     memory: RankMemory
-    precision: str
+    precision: Precision
     grid: Grid
     wire_bytes: float
     logit_rows: int | None
@@ -48,7 +48,7 @@ class Plan:
             "config": self.config.tree(),
             "model": asdict(self.model),
             "batch": {**asdict(self.batch), "tokens": self.batch.tokens, "filling": self.batch.filling},
-            "precision": self.precision,
+            "precision": self.precision.name,
             "ranks": [
                 {"rank": rank, "replica": rank // self.grid.ranks, "does": self._duty(rank)}
                 for rank in range(self.config.replicas * self.grid.ranks)
@@ -70,8 +70,7 @@ class Plan:
             f"batch      {b.sequences} sequences x {b.sequence_tokens} tokens = {b.tokens:,} tokens a step"
             f" = {b.data_parallel} rank(s) x {b.micro_batches} micro-batch(es) x {b.micro} sequence(s){filling}",
             f"run        {c.train.steps:,} steps, {b.tokens * c.train.steps:,} tokens, into {c.train.output}",
-            f"precision  {self.precision} ({'asked' if c.precision != 'auto' else 'auto'}; this processor "
-            f"{'has' if cpu_has_bf16_units() else 'has no'} bf16 units)",
+            f"precision  {self._precision_words()}",
             f"logits     {self._logits()}",
             f"optimizer  {strategy_name(c.optimizer)}, {strategy_name(c.schedule)} schedule",
             f"sync       {strategy_name(c.sync)} over {c.replicas} replica(s), "
@@ -88,6 +87,13 @@ class Plan:
         ]
         return "\n".join(lines)
 
+    def _precision_words(self) -> str:
+        how = "asked" if self.config.precision != "auto" else "auto"
+        here = ", ".join(sorted(units(torch.device("cpu")))) or "no 16-bit"
+        return (
+            f"{self.precision.name} ({how}; this processor has {here} units), {self.config.reduction} sums of gradients"
+        )
+
     def _logits(self) -> str:
         if self.logit_rows is None:
             return "all of a micro-batch at once (the model changes what its head gives, or could not be tried)"
@@ -96,9 +102,9 @@ class Plan:
     def _memory_rows(self) -> list[tuple[str, int]]:
         m = self.memory
         return [
-            ("fp32 weights", m.master_weights),
+            (f"{self.precision.stored} weights, which learn", m.master_weights),
             ("weights to compute with", m.compute_weights),
-            ("fp32 gradients", m.gradients),
+            ("gradients", m.gradients),
             ("optimizer state", m.optimizer),
             ("sync buffers", m.sync),
             ("activations (estimate)", m.activations_estimate),
@@ -128,8 +134,9 @@ def explain(config: Config) -> Plan:
     model = source.meta()
     shapes = {info.name: info.shape for info in describe(model) if info.trainable}
     sizes = model_sizes(model, source.vocabulary or 0)
-    precision = resolve_precision(config.precision, cpu_has_bf16_units())
+    precision = resolve_precision(config, units(torch.device("cpu")))
     sync: Any = config.sync
+    value_bytes = {"fp32": 4, "bf16": 2}[config.reduction]
     logit_rows = _logit_rows(config, -(-sizes.vocabulary // grid.tensor))
     optimizer: Any = config.optimizer
     return Plan(
@@ -147,10 +154,10 @@ def explain(config: Config) -> Plan:
             precision=precision,
             recompute=config.layout.recompute,
             state_per_parameter=optimizer.state_per_parameter,
-            sync_bytes=sync.state_bytes(shapes) // grid.ranks if config.replicas > 1 else 0,
+            sync_bytes=sync.state_bytes(shapes, value_bytes) // grid.ranks if config.replicas > 1 else 0,
             logit_rows=logit_rows,
         ),
-        wire_bytes=sync.wire_bytes(shapes, config.replicas) / grid.ranks,
+        wire_bytes=sync.wire_bytes(shapes, config.replicas, value_bytes) / grid.ranks,
         logit_rows=logit_rows,
     )
 

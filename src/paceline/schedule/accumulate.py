@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Accumulate:
             with random_stream(self._device, self._seed, step, batch.sequences[0]):
                 expect(i == len(batches) - 1)
                 with self._dropout.drawing(step, batch) if self._dropout else nullcontext():
-                    loss = self._objective.loss(self._model, batch.to(self._device))
+                    loss = self._objective.loss(self._model, replace(batch.to(self._device), scale=scale))
                 (loss * scale).backward()
             total += loss.detach()
         return float(total.item())

@@ -6,6 +6,7 @@ its own, which lives as long as it is needed.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class Step:
 
     def begin(self, batches: Sequence[Batch], wires: Sequence[tuple[Wires, ...]], *, number: int, scale: float) -> None:
         """Take the micro-batches of a step, and what of each goes into and out of each of this rank's stages."""
-        self.batches, self._wires, self.number, self.scale = batches, wires, number, scale
+        self.batches = [replace(batch, scale=scale) for batch in batches]
+        self._wires, self.number, self.scale = wires, number, scale
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def end(self) -> float:

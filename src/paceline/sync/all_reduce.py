@@ -24,16 +24,16 @@ class AllReduce(Options):
     bucket_mib: Positive = 4.0
     """Gradients are sent in buckets of about this size: small ones start early, large ones waste less."""
 
-    def wire_bytes(self, shapes: Shapes, replicas: int) -> float:
-        """Payload bytes one rank sends in one step: fp32 gradients, a presence mark each, and the counts."""
+    def wire_bytes(self, shapes: Shapes, replicas: int, value_bytes: int = 4) -> float:
+        """Payload bytes one rank sends in one step: gradients, a presence mark each, and the counts."""
         numels = [math.prod(shape) for shape in shapes.values()]
         buckets = bucketed(numels, self._bucket_numel)
-        sent = sum(all_reduce_bytes(4 * sum(numels[i] + 1 for i in bucket), replicas) for bucket in buckets)
+        sent = sum(all_reduce_bytes(value_bytes * sum(numels[i] + 1 for i in bucket), replicas) for bucket in buckets)
         return sent + all_reduce_bytes(_COUNT_BYTES, replicas)
 
-    def state_bytes(self, shapes: Shapes) -> int:
-        """The buckets: one fp32 copy of the gradients."""
-        return sum(4 * (math.prod(shape) + 1) for shape in shapes.values())
+    def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
+        """The buckets: one copy of the gradients, in what they are summed in."""
+        return sum(value_bytes * (math.prod(shape) + 1) for shape in shapes.values())
 
     def build(self, link: Link) -> "AllReduceSync":
         """The strategy at work over a link."""
@@ -67,10 +67,10 @@ class _Bucket:
     the number of replicas that have it is summed along with the gradients.
     """
 
-    def __init__(self, shards: list[Shard]) -> None:
+    def __init__(self, shards: list[Shard], reduction: torch.dtype | None) -> None:
         self.shards = shards
         sizes = [shard.local.numel() for shard in shards]
-        dtype = functools.reduce(torch.promote_types, (shard.local.dtype for shard in shards))
+        dtype = functools.reduce(torch.promote_types, (shard.summed_in(reduction) for shard in shards))
         self.buffer = torch.zeros(sum(sizes) + len(sizes), dtype=dtype, device=shards[0].local.device)
         *self.views, self.marks = self.buffer.split([*sizes, len(sizes)])
         self.waiting = len(shards)
@@ -110,7 +110,7 @@ class AllReduceSync:
         check_equal_start(self.link, replica)
         numels = [shard.local.numel() for shard in replica.shards]
         groups = bucketed(numels, self._bucket_numel) if self.link.size > 1 else []
-        self._buckets = [_Bucket([replica.shards[i] for i in group]) for group in groups]
+        self._buckets = [_Bucket([replica.shards[i] for i in group], replica.reduction) for group in groups]
         self._bucket_of = {shard.name: bucket for bucket in self._buckets for shard in bucket.shards}
         self._device = replica.shards[0].local.device
 
@@ -136,7 +136,8 @@ class AllReduceSync:
             assert bucket.pending is not None
             bucket.pending.wait()
             bucket.empty()
-        # The summed gradients are bit-identical in all replicas: so is the decision each takes on them.
+        # The summed gradients are bit-identical in all replicas, and what is not finite in one is so in the sum: so all
+        # decide alike on them.
         return replica.finish(vote=lambda wish: wish)
 
     def state(self) -> Mapping[str, SyncState]:

@@ -22,10 +22,10 @@ Shapes = Mapping[str, Sequence[int]]
 class SyncConfig(Protocol):
     """The frozen config class of a strategy: what the plan asks before anything runs."""
 
-    def wire_bytes(self, shapes: Shapes, replicas: int) -> float:
-        """Payload bytes one rank sends in one step, on average."""
+    def wire_bytes(self, shapes: Shapes, replicas: int, value_bytes: int = 4) -> float:
+        """Payload bytes one rank sends in one step, on average; ``value_bytes`` are those of a gradient in a sum."""
 
-    def state_bytes(self, shapes: Shapes) -> int:
+    def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """Bytes of state the strategy keeps on one rank."""
 
     def build(self, link: Link) -> "Sync":
@@ -48,7 +48,11 @@ class Sync(Protocol):
         """Sum of a small fp64 vector over all replicas that are reported, and stop, together."""
 
     def update(self, replica: Replica) -> Finish:
-        """After the backward pass: exchange what is left, and finish the step."""
+        """After the backward pass: exchange what is left, and finish the step.
+
+        Replicas that share gradients or weights vote: all take the step, or none does. A step that is not taken leaves
+        what outlives it (residuals, momentum) as it was.
+        """
 
     def state(self) -> Mapping[str, "SyncState"]:
         """What the strategy must remember between steps, by name; a checkpoint keeps it and fills it in place."""

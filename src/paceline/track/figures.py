@@ -47,6 +47,9 @@ def _charts(run: RunFolder) -> list[Chart]:
         _held_out(run),
         Chart("Learning rate", "", [_line(run, "lr", "learning rate")], from_zero=True),
         Chart("Gradient norm", "global, before clipping", _smoothed(run, "gradient_norm"), log_if_wide=True),
+        Chart(
+            "Loss scale", "halved where a step was skipped", [_line(run, "loss_scale", "loss scale")], log_if_wide=True
+        ),
         Chart("Speed", "tokens per second", _smoothed(run, "tokens_per_s"), from_zero=True),
         _memory(run),
         _step_time(run),

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paceline.track.base import Record, RunInfo
-from paceline.track.progress import Progress, event_words, held_out_words, ranks_words
+from paceline.track.progress import Progress, event_words, held_out_words, loss_scale_words, ranks_words
 from paceline.track.words import clock, count, one_line, percent, quantity, rate, size
 
 WIDEST = 112
@@ -115,11 +115,12 @@ class LiveDisplay:
             ("data wait", percent(progress.data_wait())),
             ("memory", size(metrics.get("memory_bytes"))),
             ("next checkpoint", f"step {progress.next_checkpoint():,}"),
+            *([("loss scale", loss_scale_words(metrics))] if "loss_scale" in metrics else []),
         ]
 
     def _values(self, columns: int) -> Table:
         cells = self._cells()
-        rows = len(cells) // columns
+        rows = -(-len(cells) // columns)
         grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
         for column in range(columns):
             grid.add_column(style="dim", no_wrap=True)

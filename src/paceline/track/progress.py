@@ -73,6 +73,12 @@ def held_out_words(evaluation: Record) -> str:
     return f"loss {quantity(evaluation.get('loss'))}"
 
 
+def loss_scale_words(metrics: Record) -> str:
+    """The loss scale of a step, and how many steps were skipped so far."""
+    skipped = metrics["skipped_steps"]
+    return f"{metrics['loss_scale']:,.10g}" + (f", {skipped:,} skipped" if skipped else "")
+
+
 def ranks_words(info: RunInfo) -> str:
     """Replicas and ranks in words: ``2 replicas x 4 ranks``."""
     replicas = f"{info.replicas} replica{'s' * (info.replicas != 1)}"

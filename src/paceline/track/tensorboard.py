@@ -14,6 +14,8 @@ TAGS = {
     "loss": "train/loss",
     "lr": "train/learning_rate",
     "gradient_norm": "train/gradient_norm",
+    "loss_scale": "train/loss_scale",
+    "skipped_steps": "train/skipped_steps",
     "tokens_seen": "train/tokens_seen",
     "tokens_per_s": "speed/tokens_per_s",
     "mfu": "speed/mfu",

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from paceline.track.base import Record, RunInfo, Tracker
 from paceline.track.live import LiveDisplay
-from paceline.track.progress import Progress, event_words, held_out_words, ranks_words
+from paceline.track.progress import Progress, event_words, held_out_words, loss_scale_words, ranks_words
 from paceline.track.words import clock, count, one_line, percent, quantity
 
 Mode = Literal["auto", "live", "plain", "none"]
@@ -81,6 +81,8 @@ class PlainDisplay:
         if metrics.get("mfu") is not None:
             parts.append(f"MFU {percent(metrics['mfu']):>5}")
         parts.append(f"{clock(progress.left_s()):>5} left")
+        if metrics.get("skipped_steps"):
+            parts.append(f"loss scale {loss_scale_words(metrics)}")
         if progress.held_out is not None:
             parts.append(f"held-out {held_out_words(progress.held_out)}")
         return "  ".join(parts)

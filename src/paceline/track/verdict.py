@@ -111,6 +111,11 @@ def _trouble(run: RunFolder) -> list[str]:
         remarks.append(
             f"{len(warnings)} warning{'s' * (len(warnings) != 1)}, the last at step {warnings[-1]['step']:,}."
         )
+    if skipped := [f"{record['step']:,}" for record in run.metrics if record.get("skipped")]:
+        remarks.append(
+            f"{len(skipped)} step{'s' * (len(skipped) != 1)} skipped, because a gradient overflowed in fp16: "
+            f"{_some(skipped)}. The loss scale was {_known(run, 'loss_scale')[-1]:,.10g} in the end."
+        )
     missing = [a["step"] + 1 for a, b in pairwise(run.metrics) if b["step"] != a["step"] + 1]
     if missing:
         remarks.append(f"Steps are missing in the record from {_some([f'{step:,}' for step in missing])}.")

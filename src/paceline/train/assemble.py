@@ -32,13 +32,15 @@ from paceline.parallel.blocks import blocks
 from paceline.parallel.expert import find_experts
 from paceline.plan.batch import BatchPlan
 from paceline.plan.model import ModelSizes
+from paceline.plan.precision import Precision, resolve_precision
 from paceline.plan.run import plan_run
 from paceline.sync.base import Sync
 from paceline.train.build import Built, Goal, build
 
 Say = Callable[[str], None]
 
-PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+REDUCTIONS = {"fp32": None, "bf16": torch.bfloat16}
+"""What ``reduction`` means; None: as gradients come, in fp32 or more."""
 
 DEFAULT_VOCABULARY = 8192
 """Of a tokenizer trained on the data where neither the model nor the config says a number."""
@@ -54,7 +56,7 @@ class Parts:
     prepared: Prepared
     built: Built
     sizes: ModelSizes
-    precision: str
+    precision: Precision
     objective: Objective
     batch: BatchPlan
     loader: Loader
@@ -142,15 +144,15 @@ def assemble(
     say: Say = print,
 ) -> Parts:
     """Build every part of this rank. ``module`` and ``objective`` take the place of those the config names."""
-    precision = resolve_precision(config.precision, world.device.has_bf16_units)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    precision = resolve_precision(config, world.device.units)
     material = _material(config, module=module, objective=objective, say=say)
-    peak_flops_per_s = world.coordinates.global_ranks * matmul_flops_per_s(world.device, dtype)
-    return put_together(config, world, material, dtype=dtype, peak_flops_per_s=peak_flops_per_s)
+    peak = matmul_flops_per_s(world.device, getattr(torch, precision.compute))
+    peak_flops_per_s = world.coordinates.global_ranks * peak
+    return put_together(config, world, material, precision=precision, peak_flops_per_s=peak_flops_per_s)
 
 
 def put_together(
-    config: Config, world: World, material: Material, *, dtype: torch.dtype, peak_flops_per_s: float
+    config: Config, world: World, material: Material, *, precision: Precision, peak_flops_per_s: float
 ) -> Parts:
     """Cut the model as the config's layout says, deal out the rows, and build what the loop needs besides."""
     device = world.device
@@ -159,7 +161,12 @@ def put_together(
     model, source, options, context = material.model, material.source, material.options, material.context
     sizes = model_sizes(model, context.special.vocabulary)
     if source and source.attention == "auto":
-        choose(model, dtype=dtype, device=device.torch_device, compiled=config.train.compile)
+        choose(
+            model,
+            dtype=getattr(torch, precision.compute),
+            device=device.torch_device,
+            compiled=config.train.compile,
+        )
     if context.isolate_documents:
         check_isolation(model, options, context)
     first = [material.train[0].row(i % len(material.train[0]), i) for i in range(2)]
@@ -171,7 +178,9 @@ def put_together(
         mesh=world.mesh,
         optimizer=config.optimizer,  # type: ignore[arg-type]
         clip_norm=config.train.clip_norm,
-        dtype=dtype,
+        precision=precision,
+        reduction=REDUCTIONS[config.reduction],
+        loss_scale=config.loss_scale,
         device=device.torch_device,
         seed=config.seed,
         compiled=config.train.compile,
@@ -183,7 +192,7 @@ def put_together(
         prepared=material.prepared,
         built=built,
         sizes=sizes,
-        precision=PRECISIONS[dtype],
+        precision=precision,
         objective=material.objective,
         batch=batch,
         loader=Loader(
@@ -237,11 +246,6 @@ def _dtype_to_cut(config: Config) -> torch.dtype | None:
     model is first tried, which 16 bits are too coarse for."""
     is_tried = config.layout.context > 1 or config.layout.pipeline > 1 or config.data.isolate_documents
     return torch.float32 if is_tried else None
-
-
-def resolve_precision(asked: str, has_bf16_units: bool) -> str:
-    """What ``auto`` means on this device."""
-    return asked if asked != "auto" else ("bf16" if has_bf16_units else "fp32")
 
 
 def model_sizes(model: nn.Module, vocabulary: int) -> ModelSizes:

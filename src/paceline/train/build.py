@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from paceline.comm.mesh import Axis, Mesh
-from paceline.config import LayoutConfig
+from paceline.config import LayoutConfig, LossScaleConfig
 from paceline.errors import PlanError
 from paceline.objectives.base import Batch, Objective, ObjectiveContext, ObjectiveOptions
 from paceline.optim.base import OptimizerConfig
@@ -25,9 +25,11 @@ from paceline.parallel.recompute import recompute
 from paceline.parallel.shard import ShardedStates
 from paceline.parallel.stages import cut_stages
 from paceline.parallel.tensor import cut_tensor
+from paceline.plan.precision import Precision
 from paceline.schedule.accumulate import Accumulate
 from paceline.schedule.base import Schedule
 from paceline.schedule.pipeline import Pipelined
+from paceline.train.loss_scale import LossScale
 from paceline.train.replica import ModuleReplica, States
 
 
@@ -65,13 +67,16 @@ def build(
     mesh: Mesh,
     optimizer: OptimizerConfig,
     clip_norm: float | None,
-    dtype: torch.dtype,
+    precision: Precision,
+    reduction: torch.dtype | None = None,
+    loss_scale: LossScaleConfig | None = None,
     device: torch.device,
     seed: int,
     compiled: bool = False,
 ) -> Built:
-    """Cut ``model``, which is whole, on the CPU and holds its values, as a layout says; ``dtype``: it computes in it.
+    """Cut ``model``, which is whole, on the CPU and holds its values, as a layout says.
 
+    ``reduction``: what gradients are summed in, None for fp32 or more. ``loss_scale``: of a precision that has one.
     All ranks of a replica call this together. Raises ``PlanError`` for what this model or these passes cannot do.
     """
     places = find_places(model, goal.sample)
@@ -113,10 +118,20 @@ def build(
     if compiled:
         compile_blocks(model, keep=SELECTIVE if compiled_selective else 1.0)
     experts = tuple(dict.fromkeys(name.rpartition(".")[0] for name in dealt))
+    dtype, pure = getattr(torch, precision.compute), precision.is_pure
     states: States = (
-        Masters(model, dtype)
+        Masters(model, dtype, pure=pure)
         if mesh.states_mesh is None
-        else ShardedStates(model, mesh, dtype, zero=layout.zero, offload=layout.offload, experts=experts)
+        else ShardedStates(
+            model,
+            mesh,
+            dtype,
+            zero=layout.zero,
+            pure=pure,
+            reduction=reduction,
+            offload=layout.offload,
+            experts=experts,
+        )
     )
     return Built(
         model=model,
@@ -129,6 +144,9 @@ def build(
             elsewhere=whole - _state_names(model),
             reports=stages is None or stages.has_loss,
             device=device,
+            reduction=reduction,
+            loss_scale=LossScale(loss_scale) if precision.is_scaled else None,
+            rounding_seed=seed if pure else None,
         ),
         schedule=Accumulate(model, objective, seed=seed, device=device, dropout=dropout)
         if stages is None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,15 +33,17 @@ def locate(
     """
     if replica.mesh.world.size > 1:
         return _locate_together(error, model, replica, objective, batches, where, drawing)
+    batches = list(batches)
+    scale = replica.loss_scale.value / max(1, sum(batch.count for batch in batches))
     clear = replica.optimizer.zero_grad  # in mixed precision the gradients are the masters', not the model's
     replica.expect(False)  # a sync must not send these gradients
     clear(set_to_none=True)
     for i, batch in enumerate(batches):
         with watch(model) as found:
             with drawing(batch):
-                loss = objective.loss(model, batch)
+                loss = objective.loss(model, replace(batch, scale=scale))
             if not found and math.isfinite(loss.item()):
-                loss.backward()
+                (loss * scale).backward()
         found += [f"the gradient of {s.name}" for s in replica.shards if not found and _bad(s.parameter.grad)]
         clear(set_to_none=True)
         if found or not math.isfinite(loss.item()):

@@ -15,7 +15,7 @@ class StepEvent:
     """Mean loss per target (nats) over the replicas that share the step, before its update."""
     lr: float
     gradient_norm: float
-    """Global L2 norm before clipping."""
+    """Global L2 norm before clipping, without the loss scale; not finite in a step that was skipped."""
     tokens: int
     """Tokens of this step over all ranks."""
     tokens_seen: int
@@ -29,10 +29,22 @@ class StepEvent:
     """Resident memory of this rank, or allocated on its GPU."""
     time: float
     """Seconds since the epoch."""
+    skipped: bool = False
+    """A gradient overflowed in fp16, and the weights stayed as they were. The step counts, and its batch is past."""
+    skipped_steps: int = 0
+    """Of the run so far."""
+    loss_scale: float | None = None
+    """By which the loss of this step was multiplied; None where it is not scaled."""
 
     def values(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return asdict(self)
+        """As plain values, for JSON: without what belongs to a loss scale where there is none."""
+        values = asdict(self)
+        if self.skipped:
+            values["gradient_norm"] = None
+        if self.loss_scale is None:
+            for key in ("skipped", "skipped_steps", "loss_scale"):
+                del values[key]
+        return values
 
 
 Hook = Callable[[StepEvent], None]

@@ -25,7 +25,7 @@ def open_records(loop: Loop, *, display: bool = True, extra: Sequence[Tracker] =
     write_text(output / "config.yaml", yaml.safe_dump(config.tree(), sort_keys=False, allow_unicode=True, width=120))
     track = config.track if display else config.track.model_copy(update={"display": "none"})
     loop.trackers = open_trackers(output, track, info, extra=extra)
-    text = f"{loop.parts.precision} on {info.machine}"
+    text = f"{info.precision} on {info.machine}"
     if loop.step:
         loop.trackers.event("resume", f"continues from step {loop.step}; {text}", step=loop.step)
     else:
@@ -36,7 +36,12 @@ def open_records(loop: Loop, *, display: bool = True, extra: Sequence[Tracker] =
 
 
 def _warnings(parts: Parts) -> Iterator[str]:
-    """What a person should know of the data before the first step."""
+    """What a person should know of device and data before the first step."""
+    if parts.precision.units and parts.precision.units not in parts.world.device.units:
+        yield (
+            f"precision={parts.precision.name} was asked for, and {parts.world.device.name} has no "
+            f"{parts.precision.units} units: it computes as asked, but more slowly than in fp32"
+        )
     statistics = parts.prepared.statistics
     if statistics.quarantined:
         yield f"{statistics.quarantined} row(s) of the data could not be used: {statistics.quarantine}"
@@ -65,12 +70,12 @@ def run_info(parts: Parts, start_step: int) -> RunInfo:
         start_step=start_step,
         replicas=coordinates.replicas,
         ranks=coordinates.ranks,
-        precision=parts.precision,
+        precision=parts.precision.name,
         sync=strategy_name(config.sync),
         checkpoint_every=config.checkpoint.every,
         machine=f"{parts.world.device.name}, {parts.world.device.threads} thread(s) a rank",
         mfu_formula=f"MFU = ({FLOPS_FORMULA}) x tokens/s / {parts.peak_flops_per_s / 1e9:,.0f} GFLOP/s, the "
-        f"{parts.precision} matrix-product peak measured on {coordinates.global_ranks} rank(s) at the start",
+        f"{parts.precision.name} matrix-product peak measured on {coordinates.global_ranks} rank(s) at the start",
     )
 
 

@@ -11,6 +11,9 @@ from paceline.comm.replica import Finish, Shard, Vote
 from paceline.optim.base import OptimizerConfig
 from paceline.parallel.held import Held
 from paceline.parallel.precision import OnGradient
+from paceline.train.loss_scale import LossScale
+from paceline.train.place import placed
+from paceline.train.rounded import Rounded
 
 
 class States(Protocol):
@@ -35,7 +38,8 @@ class ModuleReplica:
 
     ``held`` says of which parameters this rank holds a part, or computes a part of the gradient; ``elsewhere`` names
     those, and the buffers, of which it holds nothing. ``reports``: this rank's sums over targets are the loss, not 0.
-    ``device``: where ranks talk; that of the parameters, unless these are offloaded.
+    ``device``: where ranks talk; that of the parameters, unless these are offloaded. ``reduction``: what gradients are
+    summed in, see ``Replica``. ``rounding_seed``: the parameters learn in 16 bits, and updates are rounded by chance.
     """
 
     def __init__(
@@ -49,12 +53,21 @@ class ModuleReplica:
         elsewhere: frozenset[str] = frozenset(),
         reports: bool = True,
         device: torch.device | None = None,
+        reduction: torch.dtype | None = None,
+        loss_scale: LossScale | None = None,
+        rounding_seed: int | None = None,
     ) -> None:
         self.shards = [Shard(name, parameter) for name, parameter in states.parameters.items()]
         self.frozen = states.frozen
-        self.optimizer = optimizer.build(states.parameters)
         self.mesh = mesh
         self.held = held or {}
+        self.reduction = reduction
+        self.loss_scale = loss_scale or LossScale()
+        self._rounded: Rounded | None = None
+        if rounding_seed is not None:
+            places = {name: placed(p, self.held.get(name), mesh) for name, p in states.parameters.items()}
+            self._rounded = Rounded(optimizer, states.parameters, places, rounding_seed)
+        self.optimizer = self._rounded or optimizer.build(states.parameters)
         self.elsewhere = elsewhere
         self._device = device or self.shards[0].local.device
         self._reports = reports and mesh.tensor.index == 0
@@ -67,7 +80,14 @@ class ModuleReplica:
         self._listener: Callable[[Shard], None] | None = None
         self._untold: set[str] = set()
         self._last = False
+        self._vetoed = False
         states.on_gradient(self._gradient_added)
+
+    def begin(self, step: int) -> None:
+        """Say which step begins: how its update is rounded follows from it."""
+        self._vetoed = False
+        if self._rounded is not None:
+            self._rounded.begin(step)
 
     def total(self, values: Iterable[float], *, stop: bool = False) -> tuple[list[float], bool]:
         """Sum over the replica of what each rank computed of its own targets, and whether any rank was asked to stop.
@@ -93,7 +113,7 @@ class ModuleReplica:
     def end_backward(self) -> None:
         """Add up what ranks hold parts of, and tell the listener of the shards that the last backward did not."""
         for axis, shards in self._summed:
-            _add_up(axis, shards, self._device)
+            _add_up(axis, shards, self._device, self.reduction)
         for shard in self.shards:
             self._tell(shard.name)
         self._last = False
@@ -103,29 +123,43 @@ class ModuleReplica:
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor
 
+    def veto(self) -> None:
+        """Do not take the step that is under way, whatever its gradients are. All ranks of the replica call it."""
+        self._vetoed = True
+
     @torch.no_grad()
     def finish(self, vote: Vote) -> Finish:
-        """Norm, clip, step if the vote says so, clear the gradients."""
-        norm = self._gradient_norm()
-        stepped = vote(torch.isfinite(norm).item() is True)
+        """Unscale, norm, clip, step if the vote says so, clear the gradients."""
+        norm = self._gradient_norm() / self.loss_scale.value
+        stepped = vote(not self._vetoed and torch.isfinite(norm).item() is True)
         if stepped:
+            factor = 1.0 / self.loss_scale.value
             if self._clip_norm is not None and norm > self._clip_norm:
+                factor *= self._clip_norm / float(norm)
+            if factor != 1.0:
                 gradients = [gradient for shard in self.shards if (gradient := shard.gradient) is not None]
-                torch._foreach_mul_(gradients, self._clip_norm / float(norm))
+                torch._foreach_mul_(gradients, factor)
             self.optimizer.step()
             self._states.refresh()
         self.optimizer.zero_grad(set_to_none=True)
-        return Finish(stepped=stepped, gradient_norm=float(norm))
+        overflowed = self.loss_scale.after(stepped)
+        return Finish(stepped=stepped, gradient_norm=float(norm), overflowed=overflowed)
 
     def refresh(self) -> None:
         """Bring the computing copy up to date after the parameters were set from outside."""
         self._states.refresh()
 
     def _gradient_norm(self) -> Tensor:
-        """L2 norm over the replica, each value counted by the one rank that owns it: fp64 scalar on the CPU."""
-        own = [g for shard in self.shards if self._owns(shard.name) and (g := shard.gradient) is not None]
-        norms = torch._foreach_norm(own) if own else [self.shards[0].local.new_zeros(())]
-        squares = torch.stack(norms).double().square().sum().to(self._device)
+        """L2 norm over the replica, each value counted by the one rank that owns it: fp64 scalar on the CPU.
+
+        NaN if a gradient is not finite on any rank, also where it is a copy that is not counted.
+        """
+        squares = torch.zeros((), dtype=torch.float64, device=self._device)
+        if found := {shard.name: gradient for shard in self.shards if (gradient := shard.gradient) is not None}:
+            wide = torch.promote_types(next(iter(found.values())).dtype, torch.float32)
+            norms = torch.stack(torch._foreach_norm(list(found.values()), 2, wide)).double().to(self._device)
+            owned = torch.tensor([self._owns(name) for name in found], dtype=torch.float64, device=self._device)
+            squares = (norms.square() * owned).sum()  # what is not finite is NaN, also times 0
         return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()
 
     def _owns(self, name: str) -> bool:
@@ -152,11 +186,12 @@ def _by_axis(shards: Iterable[Shard], held: Mapping[str, Held]) -> list[tuple[Ax
     return list(groups.values())
 
 
-def _add_up(axis: Axis, shards: list[Shard], device: torch.device) -> None:
+def _add_up(axis: Axis, shards: list[Shard], device: torch.device, reduction: torch.dtype | None) -> None:
     """One exchange for all: gradients one after the other, then a mark for each that this rank has."""
     gradients = [shard.gradient for shard in shards]
+    dtype = shards[0].summed_in(reduction)
     parts = [
-        shard.local.new_zeros(shard.local.numel()) if gradient is None else gradient.flatten()
+        shard.local.new_zeros(shard.local.numel(), dtype=dtype) if gradient is None else gradient.flatten().to(dtype)
         for shard, gradient in zip(shards, gradients, strict=True)
     ]
     marks = parts[0].new_tensor([float(gradient is not None) for gradient in gradients])

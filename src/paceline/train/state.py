@@ -1,14 +1,13 @@
 """What a run must remember to go on as if it had never stopped, by parameter name."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from paceline.checkpoint import Block, Checkpoint, Kind, Rule, TensorState, tensor_state
-from paceline.parallel.held import Cut
+from paceline.checkpoint import Checkpoint, Kind, Rule, TensorState, tensor_state
 from paceline.sync.base import Sync
+from paceline.train.place import placed
 from paceline.train.replica import ModuleReplica
 
 Place = tuple[int, int]
@@ -79,33 +78,7 @@ def _parameter_of(slot: str) -> str:
 
 def part_of(tensor: Tensor, name: str, replica: ModuleReplica) -> TensorState:
     """A parameter, or a tensor like it, by its place in the full one."""
-    held, tensor_axis = replica.held.get(name), replica.mesh.tensor
-    if held is None:
-        return tensor_state(tensor, holder=(tensor_axis.index, tensor_axis.size))
-    state = tensor_state(tensor)
-    blocks = state.blocks
-    for cut in held.cuts:
-        blocks = tuple(_in_full(blocks, cut))
-    return replace(state, full_shape=held.full_shape, blocks=blocks)
-
-
-def _in_full(blocks: tuple[Block, ...], cut: Cut) -> Iterator[Block]:
-    """Blocks of a tensor that is cut along a dimension, as blocks of the tensor before the cut; padding is in none."""
-    dim = cut.dim
-    for block in blocks:
-        for run in cut.runs:
-            first = max(block.start[dim], run.inner)
-            last = min(block.start[dim] + block.shape[dim], run.inner + run.size)
-            if first < last:
-                yield Block(
-                    _with(block.start, dim, run.start + first - run.inner),
-                    _with(block.shape, dim, last - first),
-                    _with(block.inner, dim, block.inner[dim] + first - block.start[dim]),
-                )
-
-
-def _with(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
-    return (*values[:dim], value, *values[dim + 1 :])
+    return placed(tensor, replica.held.get(name), replica.mesh)
 
 
 def _stage_holder(replica: ModuleReplica) -> tuple[int, int]:

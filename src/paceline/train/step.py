@@ -21,6 +21,9 @@ class StepResult:
     """Mean over the targets, before the update."""
     targets: int
     gradient_norm: float
+    """Before clipping, without the loss scale."""
+    skipped: bool
+    """A gradient overflowed at the loss scale, which is lower now: nothing was learned."""
     stop: bool
     """Some rank was asked to stop: all stop after this step."""
 
@@ -32,17 +35,26 @@ def train_step(
 
     The loss is a sum; it is divided once, before the backward pass, by the targets of the group that the sync names.
     """
+    replica.begin(step)
     (own_targets,), _ = replica.total([sum(batch.count for batch in batches)])
     group_targets = sync.begin(step, replica, int(own_targets))
-    loss_sum = schedule.run(batches, step=step, scale=1.0 / max(1, group_targets), expect=replica.expect)
+    scale = replica.loss_scale.value / max(1, group_targets)
+    loss_sum = schedule.run(batches, step=step, scale=scale, expect=replica.expect)
     replica.end_backward()
     (own_loss,), stop = replica.total([loss_sum], stop=stop)
     sums = sync.total(torch.tensor([own_loss, own_targets, float(stop)], dtype=torch.float64)).tolist()
     total_loss, targets, stops = sums[0], int(sums[1]), sums[2]
     loss = total_loss / max(1, targets)
     if not math.isfinite(loss):
-        raise NonFiniteError(f"loss is {loss} at step {step}")
+        replica.veto()
     finish = sync.update(replica)
-    if not finish.stepped:
-        raise NonFiniteError(f"the gradient norm is {finish.gradient_norm} at step {step} (the loss was {loss:.6g})")
-    return StepResult(loss=loss, targets=targets, gradient_norm=finish.gradient_norm, stop=stops > 0)
+    if not (finish.stepped or finish.overflowed):
+        raise NonFiniteError(_what_went_bad(loss, finish.gradient_norm, step))
+    skipped, norm = not finish.stepped, finish.gradient_norm
+    return StepResult(loss=loss, targets=targets, gradient_norm=norm, skipped=skipped, stop=stops > 0)
+
+
+def _what_went_bad(loss: float, gradient_norm: float, step: int) -> str:
+    if not math.isfinite(loss):
+        return f"loss is {loss} at step {step}"
+    return f"the gradient norm is {gradient_norm} at step {step} (the loss was {loss:.6g})"

@@ -1,5 +1,6 @@
 """The loop around the step: rates, measurements, checkpoints, and when to stop."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -70,6 +71,8 @@ class Loop:
                 self._tell_saved(self.parts.checkpointer.poll())
             if self.trackers:
                 self.trackers.step(event.values())
+            if event.skipped:
+                self._tell_skipped(event)
             if todo.evaluate:
                 self.evaluate()
             if todo.save:
@@ -90,8 +93,17 @@ class Loop:
             text = f"{saved.path} ({saved.rank_bytes / 2**20:.1f} MiB in {saved.write_s:.2f} s)"
             self.trackers.event("checkpoint", text, step=saved.step)  # type: ignore[union-attr]
 
+    def _tell_skipped(self, event: StepEvent) -> None:
+        if self.trackers:
+            what, now = (
+                "a gradient" if math.isfinite(event.loss) else "the loss",
+                self.parts.built.replica.loss_scale.value,
+            )
+            text = f"{what} overflowed at loss scale {event.loss_scale:g}: step skipped, the scale is {now:g} now"
+            self.trackers.event("skip", text, step=event.step)
+
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """The model's state as transformers names it, whole and in fp32; of ranks that share it, from the last save."""
+        """The model's state as transformers names it, whole; of ranks that share it, from the last save."""
         parts = self.parts
         if self.coordinates.ranks > 1:
             return SavedWeights(load(self._checkpoints, self.step))
@@ -141,6 +153,8 @@ class Loop:
         batches = [built.split(parts.objective.batch(micro, seed=parts.config.seed, step=step)) for micro in rows]
         factor = parts.schedule_config.factor(step, parts.config.train.steps)
         built.replica.set_rate_factor(factor)
+        loss_scale = built.replica.loss_scale
+        scaled_by = loss_scale.value if loss_scale.is_dynamic else None
         try:
             result = train_step(
                 built.replica, parts.sync, built.schedule, batches, step=step, stop=self.stop_request.asked
@@ -169,15 +183,20 @@ class Loop:
             data_wait_s=parts.loader.wait_s,
             memory_bytes=used_bytes(parts.world.device.torch_device),
             time=time.time(),
+            skipped=result.skipped,
+            skipped_steps=loss_scale.skipped_steps,
+            loss_scale=scaled_by,
         )
         return event, result.stop
 
     def _values(self) -> dict[str, Any]:
         """The scalars of a checkpoint. Random numbers have no state of their own: they follow from seed and step."""
+        loss_scale = self.parts.built.replica.loss_scale
         return {
             "step": self.step,
             "sequences_seen": self.sequences_seen,
             "tokens_seen": self.tokens_seen,
+            **({"loss_scale": loss_scale.state()} if loss_scale.is_dynamic else {}),
             **self._identity(),
             "config": self.parts.config.tree(),
         }
@@ -198,6 +217,8 @@ class Loop:
                     )
             built = self.parts.built
             state.restore(built.model, built.replica, self.parts.sync, self._place, checkpoint, self._layout)
+            if built.replica.loss_scale.is_dynamic and "loss_scale" in values:
+                built.replica.loss_scale.load(values["loss_scale"])
         self.step = values["step"]
         self.sequences_seen = values["sequences_seen"]
         self.tokens_seen = values["tokens_seen"]
@@ -248,6 +269,7 @@ class Loop:
             "file_streams": self.parts.file_streams,
             "objective": strategy_name(config.objective),
             "optimizer": strategy_name(config.optimizer),
+            "dtype of what learns": self.parts.precision.stored,
         }
 
 

@@ -12,11 +12,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from paceline.checkpoint import load
+from paceline.checkpoint import Checkpoint, load
 from paceline.verify.routing import compare_routes
 
 ROUNDINGS = 24
-"""Of what goes through a block, there and back, in bf16."""
+"""Of what goes through a block, there and back, in 16 bits."""
+ROUNDED_BY = {"bf16": 2.0**-8, "bf16_pure": 2.0**-8, "fp16": 2.0**-11}
+"""The most that a number of 16 bits may be rounded by, relatively: half of its last place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,25 +29,29 @@ class Bounds:
     gradient: float
     parameter: float
     loss_at_end: float
+    saved: float
+    """Of what is saved after half of the steps: the optimizer's states among it, which are sums of late gradients."""
     floor: float = 1e-5
     """A gradient is judged by its own norm, or by this share of the global norm if that is more: some are zero in
     truth."""
 
 
-def bounds_of(dtype: str, blocks: int) -> Bounds:
+def bounds_of(precision: str, blocks: int) -> Bounds:
     """What another order of sums may come to.
 
-    It moves fp64 by 1e-16 a term and fp32 by 1e-7, and a run of many steps lets that grow. In bf16 every result is
-    rounded, by 2^-8 at most; roundings add up like the steps of a random walk, over the depth of the model, and two
-    runs differ by twice that.
+    It moves fp64 by 1e-16 a term and fp32 by 1e-7, and a run of many steps lets that grow. In 16 bits every result is
+    rounded; roundings add up like the steps of a random walk, over the depth of the model, and two runs differ by twice
+    that. What fp16 rounds below its normal range, by 2^-25 of a scaled gradient at most, is within the bound of fp32.
+    Where weights are rounded by chance, a value near to where the chance turns may fall to the other side, which is one
+    last place, in few of the values.
     """
-    if dtype == "fp64":
-        return Bounds(loss=1e-10, gradient=1e-10, parameter=1e-10, loss_at_end=1e-8)
-    if dtype == "fp32":
-        return Bounds(loss=1e-6, gradient=1e-5, parameter=1e-5, loss_at_end=1e-4)
-    assert dtype == "bf16", dtype
-    walk = 2 * 2.0**-8 * math.sqrt(ROUNDINGS * max(1, blocks))
-    return Bounds(loss=2.0**-8, gradient=walk, parameter=walk, loss_at_end=walk, floor=1e-2)
+    if precision == "fp64":
+        return Bounds(loss=1e-10, gradient=1e-10, parameter=1e-10, loss_at_end=1e-8, saved=1e-8)
+    if precision == "fp32":
+        return Bounds(loss=1e-6, gradient=1e-5, parameter=1e-5, loss_at_end=1e-4, saved=1e-4)
+    rounded_by = ROUNDED_BY[precision]
+    walk = 2 * rounded_by * math.sqrt(ROUNDINGS * (blocks + 1))  # what stands around the blocks rounds as one more
+    return Bounds(loss=rounded_by, gradient=walk, parameter=walk, loss_at_end=walk, saved=walk, floor=1e-2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,15 +177,28 @@ def compare_saved(reference: Path, folder: Path, step: int, bounds: Bounds) -> l
             return [f"saved tensors are {sorted(set(own.names) ^ set(other.names))[:3]} more or fewer"]
         known = {key for key, value in own.values.items() if key != "config" and other.values.get(key) != value}
         wrong = [f"{key} was saved as {other.values.get(key)!r}, expected {own.values[key]!r}" for key in sorted(known)]
-        norms = {name: float(own.tensor(name).double().norm()) for name in own.names}
-        for name in own.names:
-            section = name.partition("/")[0]
-            total = math.sqrt(sum(norm**2 for other_name, norm in norms.items() if other_name.startswith(section)))
-            scale = max(norms[name], bounds.floor * total) or 1.0
-            error = float((other.tensor(name).double() - own.tensor(name).double()).norm()) / scale
-            if not error <= bounds.loss_at_end:
-                wrong.append(f"{name} was saved with a difference of {error:.1e}, {bounds.loss_at_end:.0e} is allowed")
+        for name, error in _saved_errors(own, other, bounds.floor).items():
+            if not error <= bounds.saved:
+                wrong.append(f"{name} was saved with a difference of {error:.1e}, {bounds.saved:.0e} is allowed")
     return wrong
+
+
+def saved_distance(reference: Path, folder: Path, step: int, floor: float) -> float:
+    """The greatest relative error of any tensor that was saved after ``step``."""
+    with load(reference, step) as own, load(folder, step) as other:
+        return max(_saved_errors(own, other, floor).values())
+
+
+def _saved_errors(own: Checkpoint, other: Checkpoint, floor: float) -> dict[str, float]:
+    """Of each tensor, relative to its norm, or to a share of that of all of its kind if that is more."""
+    norms = {name: float(own.tensor(name).double().norm()) for name in own.names}
+    errors = {}
+    for name in own.names:
+        section = name.partition("/")[0]
+        total = math.sqrt(sum(norm**2 for other_name, norm in norms.items() if other_name.startswith(section)))
+        scale = max(norms[name], floor * total) or 1.0
+        errors[name] = float((other.tensor(name).double() - own.tensor(name).double()).norm()) / scale
+    return errors
 
 
 def gradient_distance(reference: Mapping[tuple[str, str], Tensor], other: Mapping[tuple[str, str], Tensor]) -> float:

@@ -19,6 +19,7 @@ from paceline.config import Config
 from paceline.errors import PlanError
 from paceline.parallel.blocks import blocks
 from paceline.plan.layout import Grid
+from paceline.plan.precision import PRECISIONS, Precision
 from paceline.train.assemble import Parts, put_together
 from paceline.train.memory import peak_bytes, reset_peak, used_bytes
 from paceline.train.replica import ModuleReplica
@@ -36,7 +37,7 @@ Half = tuple[Config, int]
 """A run, and the step after which it ends before its time."""
 
 
-def probe(member: Member, halves: list[Half], subject: Subject, dtype: str, folder: str) -> dict[str, Any]:
+def probe(member: Member, halves: list[Half], subject: Subject, precision: str, folder: str) -> dict[str, Any]:
     """Run one rank of a case; its boxes go to ``folder``. Returns scalars, or why the case was refused."""
     config, _ = halves[0]
     coordinates = Coordinates.of(
@@ -50,11 +51,11 @@ def probe(member: Member, halves: list[Half], subject: Subject, dtype: str, fold
     store = member.store if member.size > 1 else None
     reset_peak(device.torch_device)
     before_bytes = used_bytes(device.torch_device)
-    told = _Told(getattr(torch, dtype))
+    told = _Told(PRECISIONS[precision])
     with ExitStack() as stack:
         grid = Grid.of(config.layout)
         world = stack.enter_context(enter(coordinates, device, store, grid, timeout_s=60.0, loopback=True))
-        if dtype == "float64":
+        if precision == "fp64":
             stack.enter_context(in_double())
         elif member.size == 1:
             told.narrowest = stack.enter_context(narrowest())
@@ -70,11 +71,10 @@ def probe(member: Member, halves: list[Half], subject: Subject, dtype: str, fold
 
 def _train(config: Config, until: int, world: World, subject: Subject, told: "_Told") -> None:
     """From the newest checkpoint, or from the start, to the end of step ``until``."""
-    masters = torch.promote_types(told.dtype, torch.float32)
-    material = subject.material(masters)
+    material = subject.material(torch.promote_types(getattr(torch, told.precision.compute), torch.float32))
     routing = Routing(material.model, material.objective)
     material = replace(material, objective=routing)
-    parts = put_together(config, world, material, dtype=told.dtype, peak_flops_per_s=1.0)
+    parts = put_together(config, world, material, precision=told.precision, peak_flops_per_s=1.0)
     watched: Any = _Watching(parts.sync, told)
     with Loop(replace(parts, sync=watched)) as loop:
         told.follow(parts, routing)
@@ -95,8 +95,8 @@ def _train(config: Config, until: int, world: World, subject: Subject, told: "_T
 class _Told:
     """What a rank tells: losses, and boxes of full tensors that it held at some point."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.evaluations: list[float] = []
