@@ -237,7 +237,8 @@ def _leave_results(loop: Loop) -> None:
     assert loop.trackers is not None
     if loop.parts.source is not None:
         hugging_face.write(output / "export", loop.weights(), loop.parts.source, loop.parts.prepared.tokenizer)
-        loop.trackers.event("export", str(output / "export"), step=loop.step)
+        averaged = " (the average of the weights)" if loop.parts.average.is_exported else ""
+        loop.trackers.event("export", f"{output / 'export'}{averaged}", step=loop.step)
         if not hugging_face.reads_as_trained(output / "export"):
             text = (
                 f"transformers' AutoTokenizer splits text otherwise for {loop.parts.source.family} models than in "

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 Record = Mapping[str, Any]
 
-EVENT_KINDS = ("start", "resume", "checkpoint", "evaluate", "stop", "export", "warning", "error", "done")
+EVENT_KINDS = ("start", "resume", "checkpoint", "evaluate", "perturb", "stop", "export", "warning", "error", "done")
 
 
 @dataclass(frozen=True, kw_only=True)

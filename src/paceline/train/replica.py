@@ -123,14 +123,19 @@ class ModuleReplica:
 
     def _gradient_norm(self) -> Tensor:
         """L2 norm over the replica, each value counted by the one rank that owns it: fp64 scalar on the CPU."""
-        own = [g for shard in self.shards if self._owns(shard.name) and (g := shard.gradient) is not None]
+        own = [g for shard in self.shards if self.owns(shard.name) and (g := shard.gradient) is not None]
         norms = torch._foreach_norm(own) if own else [self.shards[0].local.new_zeros(())]
         squares = torch.stack(norms).double().square().sum().to(self._device)
         return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()
 
-    def _owns(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
+        """Whether this rank counts what it holds of a parameter: of ranks with equal values exactly one does."""
         held = self.held.get(name)
         return self.mesh.tensor.index == 0 if held is None else held.is_owner
+
+    def sum_of(self, values: Tensor) -> Tensor:
+        """Sum over all ranks of the replica: fp64, on the CPU."""
+        return self.mesh.world.all_reduce(values.double().to(self._device), where="sums").cpu()
 
     def _gradient_added(self, name: str) -> None:
         if self._last and name not in self._late:
