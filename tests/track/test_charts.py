@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.track.charts import Chart, Line, Mark, Scale, Steps, description, draw, log_ticks, tick_labels, ticks
+from paceline.track.axes import Mark, Scale, Steps, log_ticks, tick_labels, ticks
+from paceline.track.charts import Chart, Line, description, draw
 
 STEPS = Steps(1, 100, [(1, 1000), (51, 51_000), (100, 100_000)])
 
@@ -77,8 +78,10 @@ def test_a_chart_says_what_it_shows() -> None:
     svg = parse(chart)
     assert svg.findtext("title") == "Loss, nats per token"
     assert svg.get("role") == "img"
-    assert svg.findtext("desc") == description(chart)
-    assert description(chart) == "model: 5.000 at step 1, 3.020 at step 100, between 3.020 and 5.000. gzip: 3.500."
+    assert svg.findtext("desc") == description(chart, STEPS)
+    assert (
+        description(chart, STEPS) == "model: 5.000 at step 1, 3.020 at step 100, between 3.020 and 5.000. gzip: 3.500."
+    )
     shown = texts(svg)
     for text in ("step", "tokens", "50", "50,000", "gzip 3.500", "3.020", "4.0"):
         assert text in shown

@@ -83,7 +83,7 @@ def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: S
     prepare_in_child(config, output / "logs" / "prepare.log", say=say, debug=debug)
     local = LocalRun(
         _RankMain(config),
-        _places(config, ranks),
+        places(config, ranks),
         port=config.train.port,
         logs=output / "logs",
         debug=debug,
@@ -122,7 +122,8 @@ def _show(shown: Tracker, kind: str, record: Mapping[str, Any]) -> Tracker | Non
     return shown
 
 
-def _places(config: Config, ranks: int) -> list[Coordinates]:
+def places(config: Config, ranks: int) -> list[Coordinates]:
+    """Who the ranks of a run on this machine are."""
     world = config.replicas * ranks
     return [
         Coordinates.of(rank, replicas=config.replicas, ranks=ranks, local_rank=rank, local_ranks=world)

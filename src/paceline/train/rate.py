@@ -23,7 +23,7 @@ class Rate:
         """``replica`` and the ``names`` of all it trains are for schedules that measure its changes."""
         assert isinstance(config.schedule, RateSchedule)
         options, optimizer = config.schedule, config.optimizer
-        self._name, self._options = strategy_name(options), options
+        self._options = options
         self._steps, self._batches = config.train.steps, batches
         self._every = config.evaluate.every
         peak: float = optimizer.lr * options.scaled(batches.full.sequences)  # type: ignore[attr-defined]
@@ -54,11 +54,11 @@ class Rate:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; nothing but a name for a schedule that does not measure."""
-        return {"name": self._name, **({"state": self._measured.state()} if self._measured else {})}
+        return {"name": strategy_name(self._options), **({"state": self._measured.state()} if self._measured else {})}
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from a checkpoint; another schedule than this one's, or none, leaves it at its start."""
-        if self._measured and state and state["name"] == self._name:
+        if self._measured and state and state["name"] == strategy_name(self._options):
             self._measured.restore(state["state"])
 
     def _place(self, step: int, sequences_seen: int) -> tuple[float, float]:
