@@ -493,6 +493,13 @@ MUTATIONS = (
         "shard=2",
     ),
     Mutation(
+        "the average of the weights begins again after a resume",
+        "train/average.py",
+        'self.taken = values["taken"]',
+        "self.taken = 0",
+        "shard=2",
+    ),
+    Mutation(
         "the optimizer's state is not loaded",
         "checkpoint/reader.py",
         "            room.copy_(saved)",
