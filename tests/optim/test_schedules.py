@@ -71,12 +71,12 @@ def plateau_of_torch() -> Any:
     return np.array(found)
 
 
-def dynamic_by_hand() -> Any:
+def dynamic_by_hand(gain: float) -> Any:
     rate, moved, found = PEAK, [], [math.nan]
     for step in range(1, STEPS + 1):
         found.append(rate / PEAK)
         moved = [*moved, movements(step)][-4:]
-        average = 0.8 * rate + 0.2 * max(moved)
+        average = 0.8 * rate + 0.2 * gain * max(moved)
         rate = PEAK if max(moved) > 0.02 else np.clip(average, 0.1 * PEAK, PEAK)
     return np.array(found)
 
@@ -124,6 +124,7 @@ def wsd_by_hand(shape: Callable[[Any], Any]) -> Any:
 
 
 COMMON = {"warmup_steps": WARMUP, "final": 0.2}
+DYNAMIC = {"warmup_steps": 0, "window": 4, "floor": 0.02, "keep": 0.8, "lower": 0.1}
 REFERENCES: dict[str, list[tuple[dict[str, Any], Callable[[], Any]]]] = {
     "constant": [({"warmup_steps": WARMUP}, lambda: warmed(np.ones(AFTER + 1)))],
     "linear": [(COMMON, lambda: warmed(of_torch(lambda o: torchs.LinearLR(o, 1.0, 0.2, AFTER), AFTER)))],
@@ -170,7 +171,10 @@ REFERENCES: dict[str, list[tuple[dict[str, Any], Callable[[], Any]]]] = {
             plateau_of_torch,
         )
     ],
-    "dynamic": [({"warmup_steps": 0, "window": 4, "floor": 0.02, "keep": 0.8, "lower": 0.1}, dynamic_by_hand)],
+    "dynamic": [
+        (DYNAMIC, lambda: dynamic_by_hand(1.0)),
+        ({**DYNAMIC, "gain": 3.0}, lambda: dynamic_by_hand(3.0)),
+    ],
 }
 
 

@@ -15,13 +15,18 @@ class Dynamic(MeasuredWarmup):
     last ``window`` steps. With ``optimizer.lr``, times its ``scale``, as the upper bound, and ``lower`` times that as
     the lower one:
 
-    rate = upper if A > floor, else min(upper, max(lower, keep rate + (1 - keep) A))
+    rate = upper if A > floor, else min(upper, max(lower, keep rate + (1 - keep) gain A))
+
+    With a gain of 1 the rate moves toward A itself. Most optimizers hold A far above the rate, which then stays at its
+    upper bound, or far below it, and then it falls to its lower one; a gain near rate / A lets it settle between.
     """
 
     window: Count = 10
     """Steps over which the largest change is taken."""
-    floor: Positive = 0.01
+    floor: Positive = 0.05
     """Changes above it call for the upper bound."""
+    gain: Positive = 1.0
+    """What A is multiplied by where the rate moves toward it."""
     keep: Fraction = 0.9
     """Share of the rate that is kept when it moves toward A."""
     lower: Share = 0.01
@@ -50,12 +55,12 @@ class DynamicRate:
     def observe(self, value: float) -> None:
         """Take the largest change of a tensor in a step."""
         self._changes.append(value)
-        largest, keep = max(self._changes), self._options.keep
-        if largest > self._options.floor:
+        largest, options = max(self._changes), self._options
+        if largest > options.floor:
             self._share = 1.0
         else:
-            toward = keep * self._share + (1 - keep) * largest / self._upper
-            self._share = min(1.0, max(self._options.lower, toward))
+            toward = options.keep * self._share + (1 - options.keep) * options.gain * largest / self._upper
+            self._share = min(1.0, max(options.lower, toward))
 
     def state(self) -> dict[str, Any]:
         """All it remembers, as JSON values."""
