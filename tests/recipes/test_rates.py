@@ -118,6 +118,15 @@ def test_a_rate_that_follows_the_held_out_loss_goes_on_after_a_stop(tmp_path):
     assert rates[0] == rates[1] and rates[-1] == pytest.approx(rates[0] * 0.9**14), RATES
 
 
+@pytest.mark.parametrize("layout", ["replicas=2", "layout.shard=2"])
+def test_every_layout_takes_the_same_held_out_loss_for_a_fall(tmp_path, layout):
+    rates = [
+        [line["lr"] for line in lines(ran(tmp_path, *words, **PLATEAU, data={"held_out": 0.2}).parent / output)]
+        for output, words in (("run", []), ("cut", [layout, "train.output=cut"]))
+    ]
+    assert rates[0] == rates[1] and len(set(rates[0])) > 8
+
+
 def test_snapshots_of_the_cycle_ends_are_exported_as_their_mean(tmp_path):
     sections = {
         "schedule": {"name": "cosine_restarts", "warmup_steps": 0, "cycle_steps": 3, "final": 0.0},
