@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -39,7 +40,7 @@ CONFIG = {
         }
     },
     "data": {"source": "python-docs"},
-    "optimizer": {"name": "adamw", "lr": 4.0e-3},
+    "optimizer": {"name": "adamw", "lr": 2.0e-3},
     "schedule": {"name": "linear", "warmup_steps": 20, "final": 0.0},
     "batch": {"sequences": 8, "sequence_tokens": 128},
     "train": {"steps": STEPS},
@@ -70,8 +71,8 @@ STUDIES = {
     "optimizer": Study(
         title="Optimizers",
         runs={
-            "adamw, 4e-3": BASE,
-            "muon, 8e-3": ("optimizer={name: muon, lr: 8.0e-3}",),
+            "adamw, 2e-3": BASE,
+            "muon, 4e-3": ("optimizer={name: muon, lr: 4.0e-3}",),
             "sgd with momentum, 0.1": (SGD,),
         },
     ),
@@ -79,8 +80,8 @@ STUDIES = {
         title="Rates",
         runs={
             "1e-3": ("optimizer.lr=1.0e-3",),
-            "2e-3": ("optimizer.lr=2.0e-3",),
-            "4e-3": BASE,
+            "2e-3": BASE,
+            "4e-3": ("optimizer.lr=4.0e-3",),
             "8e-3": ("optimizer.lr=8.0e-3",),
             "1.6e-2": ("optimizer.lr=1.6e-2",),
         },
@@ -110,10 +111,10 @@ STUDIES = {
     "batch": Study(
         title="Batches of the same text",
         runs={
-            "4 sequences": ("batch.sequences=4", "train.steps=800", "optimizer.lr=2.8e-3"),
+            "4 sequences": ("batch.sequences=4", "train.steps=800", "optimizer.lr=1.4e-3"),
             "8": BASE,
-            "16": ("batch.sequences=16", "train.steps=200", "optimizer.lr=5.7e-3"),
-            "32": ("batch.sequences=32", "train.steps=100", "optimizer.lr=8.0e-3"),
+            "16": ("batch.sequences=16", "train.steps=200", "optimizer.lr=2.8e-3"),
+            "32": ("batch.sequences=32", "train.steps=100", "optimizer.lr=4.0e-3"),
             "4, growing to 16": (
                 "batch={sequences: 16, sequence_tokens: 128, warmup: {start: 4, steps: 180, by: 4}}",
                 "train.steps=290",
@@ -140,6 +141,14 @@ STUDIES = {
 }
 
 
+RANGES = {
+    "adamw": ("optimizer={name: adamw}", "--from", "1e-5", "--to", "1"),
+    "muon": ("optimizer={name: muon}", "--from", "1e-5", "--to", "1"),
+    "sgd with momentum": ("optimizer={name: sgd, momentum: 0.9}", "--from", "1e-4", "--to", "10"),
+}
+"""Range tests, each of 100 steps."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run left."""
@@ -155,16 +164,25 @@ class Run:
 
 def main() -> None:
     """Run, draw, and fill in the tables."""
-    names = sys.argv[1:] or list(STUDIES)
+    names = sys.argv[1:] or ["range", *STUDIES]
     PICTURES.mkdir(parents=True, exist_ok=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    (RUNS / "config.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
     for name in names:
+        if name == "range":
+            tests = {words: tested(words, changes) for words, changes in RANGES.items()}
+            (PICTURES / "range.svg").write_text(range_tests(tests), encoding="utf-8")
+            rows = [(words, f"{test['suggested']:.1e}") for words, test in tests.items()]
+            page = filled(page, name, "suggested rate", rows)
+            continue
         study = STUDIES[name]
         found = {words: trained(changes) for words, changes in study.runs.items()}
         (PICTURES / f"{name}.svg").write_text(held_out(study, found), encoding="utf-8")
         if study.with_rates:
             (PICTURES / f"{name}_rates.svg").write_text(rates(study, found), encoding="utf-8")
-        page = filled(page, name, found)
+        rows = [(words, f"{run.bits_per_byte:.3f}") for words, run in found.items()]
+        page = filled(page, name, "held-out bits per byte at the end", rows)
     PAGE.write_text(page, encoding="utf-8")
 
 
@@ -173,13 +191,39 @@ def trained(changes: Sequence[str]) -> Run:
     words = re.sub(r"[^a-z0-9.]+", "-", " ".join(changes).lower()).strip("-") or "base"
     folder = RUNS / words[:120]
     if not (folder / "export").exists():
-        RUNS.mkdir(parents=True, exist_ok=True)
-        config = RUNS / "config.yaml"
-        config.write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
-        program = "from paceline.cli import main; main()"
-        words_of_run = ["train", str(config), *changes, f"train.output={folder}"]
-        subprocess.run([sys.executable, "-W", "ignore", "-c", program, *words_of_run], check=True)
+        paceline("train", *changes, f"train.output={folder}")
     return Run(_lines(folder / "metrics.jsonl"), _lines(folder / "evaluations.jsonl"))
+
+
+def tested(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """A range test, which is made if it is not there."""
+    kept = RUNS / f"range-{name.replace(' ', '-')}.json"
+    if not kept.exists():
+        *_, document = paceline("lr-range", *words, "--output", str(kept.with_suffix(".html")), "--json").splitlines()
+        kept.write_text(document, encoding="utf-8")
+    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+def paceline(command: str, *words: str) -> str:
+    """Run a command on the config of this page; what it printed."""
+    program = "from paceline.cli import main; main()"
+    call = [sys.executable, "-W", "ignore", "-c", program, command, str(RUNS / "config.yaml"), *words]
+    done = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout.splitlines()[-1][:120], flush=True)
+    return done.stdout
+
+
+def range_tests(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The smoothed losses over the rate, up to where they leave the height they began at."""
+    lines = []
+    for style_name, (words, test) in zip(STYLES, found.items(), strict=False):
+        highest = 1.01 * test["points"][0]["smoothed"]
+        points = [(point["rate"], point["smoothed"]) for point in test["points"] if point["smoothed"] < highest]
+        lines.append(Line(words, points, style_name))  # type: ignore[arg-type]
+    rates = [x for line in lines for x, _ in line.points]
+    chart = Chart("Range tests: smoothed loss, nats per token", "", lines, is_named=True)
+    return drawn(chart, Quantity("learning rate", min(rates), max(rates), log=True))
 
 
 def held_out(study: Study, found: Mapping[str, Run]) -> str:
@@ -213,15 +257,14 @@ def drawn(chart: Chart, along: Quantity, height: int = 320) -> str:
     return draw(chart, along, 720, height, style("charts.css")) + "\n"
 
 
-def filled(page: str, name: str, found: Mapping[str, Run]) -> str:
+def filled(page: str, name: str, heading: str, rows: Sequence[tuple[str, str]]) -> str:
     """The page with the numbers of a study between its marks."""
-    rows = [f"| {words} | {run.bits_per_byte:.3f} |" for words, run in found.items()]
-    table = "\n".join(["| | held-out bits per byte at the end |", "| --- | --- |", *rows])
+    lines = [f"| | {heading} |", "| --- | --- |", *(f"| {words} | {number} |" for words, number in rows)]
     begin, end = f"<!-- numbers: {name} -->", "<!-- end -->"
     before, mark, rest = page.partition(begin)
     if not mark:
         sys.exit(f"{PAGE} has no place for {begin}")
-    return f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    return "\n".join([before + begin, "", *lines, "", end]) + rest.partition(end)[2]
 
 
 def _lines(path: Path) -> list[dict[str, float]]:
