@@ -108,7 +108,7 @@ def test_every_strategy_of_every_table(kind):
         options_class = table.load(name)
         assert issubclass(options_class, Options) and options_class.model_config["frozen"]
         assert options_class.__doc__, f"{name} says what it is"
-        assert callable(getattr(options_class, "build", None)) or callable(getattr(options_class, "factor", None))
+        assert any(callable(getattr(options_class, does, None)) for does in ("build", "factor", "weight"))
         options = choose(table, name)
         assert strategy_name(options) == name and choose(table, {"name": name, **options.model_dump()}) == options
         assert any(form.get("properties", {}).get("name") == {"const": name} for form in definitions)
@@ -126,6 +126,7 @@ def test_schema_is_json_and_closed():
     assert document["additionalProperties"] is False
     assert set(document["required"]) == {"data", "train"}
     keys = "model data objective optimizer schedule precision reduction loss_scale batch layout replicas sync train"
+    keys += " average perturb"
     assert list(document["properties"]) == [*keys.split(), "checkpoint", "evaluate", "track", "seed"]
 
 

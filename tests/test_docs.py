@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import config_reference
+import schedules_reference
 
 
 def leaves(item: Any) -> list[str]:
@@ -32,3 +33,17 @@ def test_links_of_top_pages_lead_somewhere(root: Path, page: str) -> None:
 def test_config_reference_is_what_the_classes_say() -> None:
     up_to_date = config_reference.PAGE.read_text() == config_reference.render()
     assert up_to_date, "run `make docs`"
+
+
+def test_schedules_reference_is_what_the_schedules_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["schedules_reference.py", "--check"])
+    schedules_reference.main()
+
+
+def test_every_schedule_and_average_has_its_section_formula_and_curve() -> None:
+    text = schedules_reference.PAGE.read_text()
+    for name in schedules_reference.registry.SCHEDULES:
+        section = text.partition(f"### `{name}`")[2].partition("\n### ")[0]
+        assert "```text\n" in section and f"schedules/{name}.svg" in section, name
+    for name in ("ema", "swa"):
+        assert "```text\naverage = " in text.partition(f"### `{name}`")[2].partition("\n### ")[0]

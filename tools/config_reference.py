@@ -36,7 +36,7 @@ def main() -> None:
 
 def render() -> str:
     """The whole page."""
-    parts = {name: section(name) for name in Config.model_fields}
+    parts = {name: section(Config, name) for name in Config.model_fields}
     plain = [name for name, part in parts.items() if part is None and name not in STRATEGIES]
     page = [HEAD, f"## Top level\n\n{table(Config, plain)}"]
     for name, part in parts.items():
@@ -44,12 +44,16 @@ def render() -> str:
             page.append(strategy_section(name))
         elif part is not None:
             page.append(f"## `{name}`\n\n{summary(part)}\n\n{table(part, part.model_fields)}")
+            inner = {key: section(part, key) for key in part.model_fields}
+            for key, below in inner.items():
+                if below is not None:
+                    page.append(f"### `{name}.{key}`\n\n{summary(below)}\n\n{table(below, below.model_fields)}")
     return "\n".join(page)
 
 
-def section(name: str) -> type[Options] | None:
-    """The class of a top-level key that is a section; None for a plain value and for a strategy."""
-    annotation = Config.model_fields[name].annotation
+def section(owner: type[Options], name: str) -> type[Options] | None:
+    """The class of a key that is a section; None for a plain value and for a strategy."""
+    annotation = owner.model_fields[name].annotation
     kinds = [
         kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Options)
     ]

@@ -467,15 +467,15 @@ MUTATIONS = (
     Mutation(
         "ranks are dealt overlapping rows",
         "data/loader.py",
-        "self._slots = rank + ranks * np.arange(",
-        "self._slots = 0 * rank + ranks * np.arange(",
+        "slot = self._rank + plan.data_parallel * place",
+        "slot = 0 * self._rank + plan.data_parallel * place",
         "replicas=2",
     ),
     Mutation(
         "the rate follows micro-batches, not steps",
         "train/trainer.py",
-        "factor = parts.schedule_config.factor(step, parts.config.train.steps)",
-        "factor = parts.schedule_config.factor(step * len(batches), parts.config.train.steps)",
+        "factor = rate.factor(step, self.sequences_seen)",
+        "factor = rate.factor(step * len(batches), self.sequences_seen)",
         "accumulate=3",
     ),
     Mutation(
@@ -488,9 +488,15 @@ MUTATIONS = (
     Mutation(
         "a resumed run begins the schedule of the rate again",
         "train/trainer.py",
-        "factor = parts.schedule_config.factor(step, parts.config.train.steps)",
-        'self.since = getattr(self, "since", 0) + 1\n'
-        "        factor = parts.schedule_config.factor(self.since, parts.config.train.steps)",
+        "factor = rate.factor(step, self.sequences_seen)",
+        'self.since = getattr(self, "since", 0) + 1\n        factor = rate.factor(self.since, self.sequences_seen)',
+        "shard=2",
+    ),
+    Mutation(
+        "the average of the weights begins again after a resume",
+        "train/average.py",
+        'self.taken = values["taken"]',
+        "self.taken = 0",
         "shard=2",
     ),
     Mutation(

@@ -91,6 +91,25 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("lr-range")
+def lr_range(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    low: Annotated[float, typer.Option("--from", help="The rate of the first step.")] = 1e-5,
+    high: Annotated[float, typer.Option("--to", help="The rate of the last step.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of the test.")] = 100,
+    output: Annotated[Path, typer.Option(help="Where the page with the picture goes.")] = Path("lr-range.html"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find a learning rate: a short run whose rate rises from step to step, without checkpoints."""
+    from paceline.config import read
+    from paceline.recipes.lr_range import lr_range as run
+
+    found = run(read(config, overrides or []), output, low=low, high=high, steps=steps, debug=debug)
+    _finish(f"{found.words()}\npicture: {output}", {**found.values(), "path": str(output)}, as_json)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),

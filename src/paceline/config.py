@@ -8,7 +8,7 @@ of a config are collected and raised once, each with its path and its value.
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
@@ -28,6 +28,8 @@ Natural = Annotated[int, Field(ge=0), BeforeValidator(_not_bool)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_not_bool)]
+Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_not_bool)]
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), BeforeValidator(_not_bool)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -126,6 +128,17 @@ class LossScaleConfig(Options):
         return self
 
 
+class BatchWarmup(Options):
+    """A smaller batch at the start, which grows to ``batch.sequences``; a function of the step alone."""
+
+    start: Count
+    """Sequences of the first step."""
+    steps: Count
+    """Steps before the batch is full."""
+    by: Count = 1
+    """So many sequences are added at a time, at even distances; what the ranks share evenly wastes no places."""
+
+
 class BatchConfig(Options):
     """The batch of one step, over all ranks."""
 
@@ -135,6 +148,16 @@ class BatchConfig(Options):
     """Tokens of one sequence."""
     micro: Count | None = None
     """Sequences of one forward pass per data-parallel rank; default: all of the rank's share at once."""
+    warmup: BatchWarmup | None = None
+    """A smaller batch at the start, such as ``{start: 8, steps: 200, by: 8}``."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        if self.warmup is not None and self.warmup.start >= self.sequences:
+            raise ValueError(
+                f"warmup.start={self.warmup.start} is not below sequences={self.sequences}, to which the batch grows"
+            )
+        return self
 
 
 class LayoutConfig(Options):
@@ -198,6 +221,17 @@ class CheckpointConfig(Options):
     a folder that already holds a run."""
 
 
+class PerturbConfig(Options):
+    """Shrink and perturb (Ash & Adams 2020, arXiv 1910.08475): weights = shrink weights + noise new first values."""
+
+    at: Literal["cycle"] | tuple[Count, ...]
+    """After these steps, or at the end of each ``cycle`` of the schedule of the rate."""
+    shrink: Fraction
+    """What is kept of every weight."""
+    noise: NonNegative
+    """What is added of weights drawn anew, as at the start, from (seed, step, name)."""
+
+
 class EvaluateConfig(Options):
     """What is measured on the held-out part."""
 
@@ -241,6 +275,8 @@ class Config(Options):
     """Copies of the model that share each batch."""
     sync: SerializeAsAny[Options]
     train: TrainConfig
+    average: SerializeAsAny[Options]
+    perturb: PerturbConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
@@ -279,6 +315,7 @@ STRATEGIES: dict[str, tuple[registry.Table, Any]] = {
     "optimizer": (registry.OPTIMIZERS, "adamw"),
     "schedule": (registry.SCHEDULES, "cosine"),
     "sync": (registry.SYNCS, "all_reduce"),
+    "average": (registry.AVERAGES, "none"),
 }
 
 
@@ -426,8 +463,9 @@ def _fields_at(model: type[Options], location: list[Any]) -> list[str]:
     fields = model.model_fields
     for part in location:
         annotation = fields[part].annotation if part in fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            fields = annotation.model_fields
+        kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        if sections := [kind for kind in kinds if issubclass(kind, BaseModel)]:
+            fields = sections[0].model_fields
         elif isinstance(part, str):
             fields = SourceConfig.model_fields
     return list(fields)

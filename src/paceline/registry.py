@@ -72,7 +72,26 @@ SCHEDULES = Table(
     {
         "constant": "paceline.optim.constant:Constant",
         "cosine": "paceline.optim.cosine:Cosine",
+        "cosine_restarts": "paceline.optim.cosine_restarts:CosineRestarts",
+        "cyclic": "paceline.optim.cyclic:Cyclic",
+        "dynamic": "paceline.optim.dynamic:Dynamic",
+        "exponential": "paceline.optim.exponential:Exponential",
+        "inverse_sqrt": "paceline.optim.inverse_sqrt:InverseSqrt",
         "linear": "paceline.optim.linear:Linear",
+        "one_cycle": "paceline.optim.one_cycle:OneCycle",
+        "plateau": "paceline.optim.plateau:Plateau",
+        "polynomial": "paceline.optim.polynomial:Polynomial",
+        "step": "paceline.optim.step:Step",
+        "wsd": "paceline.optim.wsd:WarmupStableDecay",
+    },
+)
+
+AVERAGES = Table(
+    "average",
+    {
+        "none": "paceline.optim.average:NoAverage",
+        "ema": "paceline.optim.ema:Ema",
+        "swa": "paceline.optim.swa:Swa",
     },
 )
 

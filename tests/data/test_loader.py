@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from paceline.config import BatchConfig, BatchWarmup, Config
 from paceline.data.loader import Loader, MicroBatches, held_out_rows
 from paceline.data.order import FileOrder, Order, SampleOrder
-from paceline.data.rows import Row
-from paceline.errors import DataError, PlanError
+from paceline.data.rows import Row, Rows
+from paceline.errors import DataError
+from paceline.plan.batch import Batches, plan_batch
+from paceline.plan.run import plan_batches
 
 ORDERS: list[Order] = [
     SampleOrder([40], [1.0], seed=1),
@@ -48,13 +51,22 @@ def sources() -> list[Numbered]:
     return [Numbered(0, 40), Numbered(1, 17)]
 
 
+def plan(sequences: int, ranks: int = 1, micro: int | None = None) -> Batches:
+    return Batches(full=plan_batch(BatchConfig(sequences=sequences, micro=micro), ranks))
+
+
+def of_eight(rows: Sequence[Rows], order: Order) -> Loader:
+    """For one rank, with a batch of eight."""
+    return Loader(rows, order, plan(8), rank=0)
+
+
 def steps(
     order: Order, counts: Sequence[int], rank: int, ranks: int, micro: int | None, first: int = 0
 ) -> list[MicroBatches]:
     batches = []
     for count in counts:
-        loader = Loader(sources(), order, sequences=count, rank=rank, ranks=ranks, micro=micro)
-        batches.append(loader.batch(first))
+        loader = Loader(sources(), order, plan(count, ranks, micro), rank=rank)
+        batches.append(loader.batch(1, first))
         loader.close()
         first += count
     return batches
@@ -109,49 +121,44 @@ def test_fillers_repeat_a_real_row_under_a_number_of_their_own(ranks: int) -> No
     assert {tuple(row.tokens.tolist()) for row in fillers} <= real
 
 
-def test_fewer_sequences_than_ranks_are_refused() -> None:
-    with pytest.raises(PlanError, match=r"batch.sequences=2 is fewer than the 3 data-parallel ranks"):
-        Loader(sources(), ORDERS[0], sequences=2, rank=0, ranks=3)
-
-
 def test_the_next_two_steps_are_read_ahead_and_no_more() -> None:
     rows = Numbered(0, 40)
-    loader = Loader([rows], ORDERS[0], sequences=8, rank=0, ranks=1)
-    loader.batch(0)
+    loader = of_eight([rows], ORDERS[0])
+    loader.batch(1, 0)
     assert rows.reached(23, timeout=10), "the next two steps were not read"
     assert not rows.reached(24, timeout=0.1), "a third was"
     for step in range(1, 6):
-        loader.batch(step * 8)
+        loader.batch(step + 1, step * 8)
     assert rows.reached(63, timeout=10)
     loader.close()
     assert rows.sequences == list(range(64)), "a step was read twice or out of order"
 
 
 def test_another_position_starts_afresh_from_there() -> None:
-    loader = Loader(sources(), ORDERS[1], sequences=8, rank=0, ranks=1)
-    for consumed in [0, 8, 16, 8, 16, 800, 0, 3, 3]:
+    loader = of_eight(sources(), ORDERS[1])
+    for step, consumed in enumerate([0, 8, 16, 8, 16, 800, 0, 3, 3]):
         expected = steps(ORDERS[1], [8], rank=0, ranks=1, micro=None, first=consumed)
-        assert learned([loader.batch(consumed)]) == learned(expected)
+        assert learned([loader.batch(step + 1, consumed)]) == learned(expected)
     loader.close()
 
 
 def test_an_error_is_raised_for_its_own_step_and_again_when_asked_again() -> None:
     order = ORDERS[0]
     broken = int(order.draw(0, 40)[1][20])  # in the third step of eight
-    loader = Loader([Numbered(0, 40, broken)], order, sequences=8, rank=0, ranks=1)
-    loader.batch(0)
-    loader.batch(8)
+    loader = of_eight([Numbered(0, 40, broken)], order)
+    loader.batch(1, 0)
+    loader.batch(2, 8)
     for _ in range(2):
         with pytest.raises(DataError, match=f"row {broken} is damaged"):
-            loader.batch(16)
-    assert len(loader.batch(24)[0]) == 8
+            loader.batch(3, 16)
+    assert len(loader.batch(4, 24)[0]) == 8
     loader.close()
 
 
 def test_close_ends_the_thread() -> None:
     before = set(threading.enumerate())
-    loader = Loader(sources(), ORDERS[0], sequences=8, rank=0, ranks=1)
-    loader.batch(0)
+    loader = of_eight(sources(), ORDERS[0])
+    loader.batch(1, 0)
     assert set(threading.enumerate()) > before
     loader.close()
     loader.close()
@@ -170,15 +177,32 @@ def test_the_wait_for_rows_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().row(index, sequence)
 
     monkeypatch.setattr("paceline.data.loader.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    loader = Loader([OneSecondEach(0, 40)], ORDERS[0], sequences=8, rank=0, ranks=1)
-    loader.batch(0)
+    loader = of_eight([OneSecondEach(0, 40)], ORDERS[0])
+    loader.batch(1, 0)
     assert loader.wait_s >= 8.0
-    loader.batch(8)
+    loader.batch(2, 8)
     assert three_steps_read.wait(timeout=10)
-    loader.batch(16)
+    loader.batch(3, 16)
     assert loader.wait_s == 0.0
     go_on.set()
     loader.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_batch_that_grows_takes_the_next_samples_and_no_others(ranks: int) -> None:
+    warmup = BatchWarmup(start=3, steps=4, by=2)
+    tree = {"data": {"source": "x"}, "train": {"steps": 8}, "replicas": ranks}
+    config = Config.parse(tree).model_copy(update={"batch": BatchConfig(sequences=8, micro=2, warmup=warmup)})
+    batches = plan_batches(config)
+    loaders = [Loader(sources(), ORDERS[1], batches, rank=rank) for rank in range(ranks)]
+    first = 0
+    for step, count in enumerate([3, 3, 5, 7, 8, 8], start=1):
+        source, row = ORDERS[1].draw(first, count)
+        expected = [(first + i, int(source[i]), int(row[i])) for i in range(count)]
+        assert learned([loader.batch(step, first) for loader in loaders]) == expected
+        first += count
+    for loader in loaders:
+        loader.close()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.track.charts import Chart, Line, Mark, Scale, Steps, description, draw, log_ticks, tick_labels, ticks
+from paceline.track.axes import Mark, Quantity, Scale, Steps, log_ticks, tick_labels, ticks
+from paceline.track.charts import Chart, Line, description, draw
 
 STEPS = Steps(1, 100, [(1, 1000), (51, 51_000), (100, 100_000)])
 
@@ -77,8 +78,10 @@ def test_a_chart_says_what_it_shows() -> None:
     svg = parse(chart)
     assert svg.findtext("title") == "Loss, nats per token"
     assert svg.get("role") == "img"
-    assert svg.findtext("desc") == description(chart)
-    assert description(chart) == "model: 5.000 at step 1, 3.020 at step 100, between 3.020 and 5.000. gzip: 3.500."
+    assert svg.findtext("desc") == description(chart, STEPS)
+    assert (
+        description(chart, STEPS) == "model: 5.000 at step 1, 3.020 at step 100, between 3.020 and 5.000. gzip: 3.500."
+    )
     shown = texts(svg)
     for text in ("step", "tokens", "50", "50,000", "gzip 3.500", "3.020", "4.0"):
         assert text in shown
@@ -132,3 +135,25 @@ def test_marks_carry_their_text_and_only_a_wide_chart_names_a_resume() -> None:
     assert "resumed at 40" in texts(wide)
     assert "resumed at 40" not in texts(narrow)
     assert "tokens" not in texts(narrow)
+
+
+def test_another_quantity_runs_along_in_powers_of_ten() -> None:
+    along = Quantity("learning rate", 1e-5, 1.0, log=True, marks=[Mark(3e-3, "chosen", "suggested: 3e-3")])
+    line = Line("loss", [(10.0**power, 5.0 - abs(power + 2)) for power in range(-5, 1)])
+    svg = ElementTree.fromstring(draw(Chart("Range", "nats", [line], is_named=True), along, 700, 300))
+    assert {"1e-5", "1e-3", "1e0", "learning rate", "loss"} <= set(texts(svg))
+    assert "5.000 at learning rate 0.01" not in (desc := str(svg.findtext("desc")))
+    assert desc == "loss: 2.000 at learning rate 1.00e-5, 3.000 at learning rate 1.000, between 2.000 and 5.000."
+    (mark,) = [node for node in svg.iter("line") if node.get("class") == "chosen"]
+    across = Scale(1e-5, 1.0, 48, 700 - 46, log=True)
+    assert float(str(mark.get("x1"))) == pytest.approx(across(3e-3), abs=0.06)
+    assert "".join(mark.itertext()) == "suggested: 3e-3"
+
+
+def test_a_picture_with_a_style_sheet_is_a_whole_file() -> None:
+    chart = Chart("A", "", [Line("one", points([1.0, 2.0])), Line("two", points([2.0, 1.0]), "third")], is_named=True)
+    svg = ElementTree.fromstring(draw(chart, Quantity("place", 1, 2), style="path.third { stroke: green }"))
+    assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+    assert svg.findtext("{*}style") == "path.third { stroke: green }"
+    names = [(node.text, node.get("class")) for node in svg.iter("{http://www.w3.org/2000/svg}tspan")]
+    assert names == [("one", "end main"), ("two", "end third")]

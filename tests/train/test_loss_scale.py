@@ -172,7 +172,7 @@ class Fault:
             name = [name for name, _ in model.named_modules() if name.endswith(".mlp")][-1]
             model.get_submodule(name).register_forward_hook(self._forward)
         for shard in held.shards if how == "copy" else ():
-            if shard.name.endswith("layernorm.weight") and not held._owns(shard.name):
+            if shard.name.endswith("layernorm.weight") and not held.owns(shard.name):
                 shard.parameter.register_hook(lambda grad: grad * float("inf") if self.is_on else grad)
 
     def _forward(self, _module, _inputs, output):

@@ -16,7 +16,7 @@ from paceline.checkpoint.manifest import Entry, Json, Manifest, Part
 from paceline.checkpoint.state import Block, Kind, Rule, Shape, TensorState, tied
 from paceline.errors import CheckpointError
 
-_MODEL = "model/"
+_MODEL, _AVERAGE = "model/", "average/"
 _Window: TypeAlias = tuple[slice, ...]
 
 
@@ -223,16 +223,21 @@ class Checkpoint:
 
 
 class SavedWeights(Mapping[str, Tensor]):
-    """The model of a checkpoint, by the names of its state, each tensor read whole when it is asked for."""
+    """The model of a checkpoint, by the names of its state, each tensor read whole when it is asked for.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    ``averaged``: the average of a parameter in its place.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, averaged: bool = False) -> None:
         self._checkpoint = checkpoint
         self._names = [name.removeprefix(_MODEL) for name in checkpoint.names if name.startswith(_MODEL)]
+        self._averaged = set(checkpoint.names) & {_AVERAGE + name for name in self._names if averaged}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._checkpoint.tensor(_MODEL + name)
+        own = _AVERAGE + name
+        return self._checkpoint.tensor(own if own in self._averaged else _MODEL + name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

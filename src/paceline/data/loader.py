@@ -10,7 +10,7 @@ import numpy as np
 
 from paceline.data.order import Order
 from paceline.data.rows import Row, Rows
-from paceline.errors import PlanError
+from paceline.plan.batch import Batches
 
 STEPS_AHEAD = 2
 
@@ -18,53 +18,31 @@ MicroBatches = list[list[Row]]
 
 
 class Loader:
-    """Deals the global batch of each step to ``ranks`` ranks and gives this one its micro-batches.
+    """Deals the global batch of each step to the data-parallel ranks and gives this one its micro-batches.
 
-    Slot b of a step is of rank b mod ``ranks``. Every rank gets the same number of micro-batches of the same number of
-    rows: ``micro``, at most and by default a rank's share, rounded up. Missing rows are filled up with the rank's first
-    row at weight 0.0; a filler is numbered like the slot it stands in, at or past the end of the step, so that sequence
-    numbers are unique within a step.
-
-    Raises ``PlanError`` where there are fewer sequences than ranks.
+    Slot b of a step is of rank b modulo their number. Every rank gets the same number of micro-batches of the same
+    number of rows. Missing rows are filled up with the rank's first row at weight 0.0; a filler is numbered like the
+    slot it stands in, at or past the end of the step, so that sequence numbers are unique within a step.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Rows],
-        order: Order,
-        *,
-        sequences: int,
-        rank: int,
-        ranks: int,
-        micro: int | None = None,
-    ) -> None:
-        assert 0 <= rank < ranks, (rank, ranks)
-        if sequences < ranks:
-            raise PlanError(
-                f"batch.sequences={sequences} is fewer than the {ranks} data-parallel ranks, and every rank needs one. "
-                f"Use batch.sequences={ranks} or more, or fewer replicas"
-            )
-        self._rows, self._order = rows, order
-        self._sequences = sequences
-        share = -(-sequences // ranks)
-        self._micro = micro or share
-        assert 0 < self._micro <= share, f"micro={micro} is more than a rank's share of {share} sequences"
-        self._slots = rank + ranks * np.arange(-(-share // self._micro) * self._micro)
+    def __init__(self, rows: Sequence[Rows], order: Order, batches: Batches, *, rank: int) -> None:
+        assert 0 <= rank < batches.full.data_parallel, (rank, batches.full)
+        self._rows, self._order, self._batches, self._rank = rows, order, batches, rank
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paceline-loader")
-        self._ahead: deque[tuple[int, Future[MicroBatches]]] = deque()
+        self._ahead: deque[tuple[tuple[int, int], Future[MicroBatches]]] = deque()
         self.wait_s = 0.0
         """Seconds that the last call of ``batch`` waited for its rows."""
 
-    def batch(self, consumed: int) -> MicroBatches:
-        """Micro-batches of the step that begins at sample ``consumed``; the next steps are read meanwhile.
+    def batch(self, step: int, consumed: int) -> MicroBatches:
+        """Micro-batches of step ``step``, which begins at sample ``consumed``; the next steps are read meanwhile.
 
-        Calls in the order of the steps find their rows ready; any other ``consumed`` starts afresh from there. An error
-        in reading is raised here, for the step that it belongs to.
+        Calls in the order of the steps find their rows ready; any other step or ``consumed`` starts afresh from there.
+        An error in reading is raised here, for the step that it belongs to.
         """
         began = time.perf_counter()
-        if self._ahead and self._ahead[0][0] != consumed:
+        if self._ahead and self._ahead[0][0] != (step, consumed):
             self._forget()
-        self._read_ahead(consumed)
+        self._read_ahead(step, consumed)
         try:
             return self._ahead.popleft()[1].result()
         finally:
@@ -80,28 +58,30 @@ class Loader:
         self._forget()
         self._thread.shutdown(wait=True)
 
-    def _read_ahead(self, consumed: int) -> None:
+    def _read_ahead(self, step: int, consumed: int) -> None:
         """Have the thread read the step at ``consumed`` and those after it that it is not yet reading."""
-        for step in range(len(self._ahead), STEPS_AHEAD + 1):
-            first = consumed + step * self._sequences
-            self._ahead.append((first, self._thread.submit(self._read, first)))
+        for later in range(step + len(self._ahead), step + STEPS_AHEAD + 1):
+            first = consumed + self._batches.sequences(step, later - 1)
+            self._ahead.append(((later, first), self._thread.submit(self._read, later, first)))
 
     def _forget(self) -> None:
         while self._ahead:
             self._ahead.popleft()[1].cancel()
 
-    def _read(self, first: int) -> MicroBatches:
-        samples = self._order.slots(first, self._sequences)
-        sources, rows = self._order.draw(first, self._sequences)
+    def _read(self, step: int, first: int) -> MicroBatches:
+        plan = self._batches.at(step)
+        samples = self._order.slots(first, plan.sequences)
+        sources, rows = self._order.draw(first, plan.sequences)
         share: list[Row] = []
-        for slot in self._slots.tolist():
-            if slot < self._sequences:
+        for place in range(plan.micro_batches * plan.micro):
+            slot = self._rank + plan.data_parallel * place
+            if slot < plan.sequences:
                 sample = int(samples[slot])
                 source, row = int(sources[sample - first]), int(rows[sample - first])
                 share.append(self._rows[source].row(row, sample))
             else:
                 share.append(replace(share[0], sequence=first + slot, weight=0.0))
-        return [share[begin : begin + self._micro] for begin in range(0, len(share), self._micro)]
+        return [share[begin : begin + plan.micro] for begin in range(0, len(share), plan.micro)]
 
 
 def held_out_rows(rows: Sequence[Rows], limit: int, rank: int, ranks: int) -> Iterator[Row]:

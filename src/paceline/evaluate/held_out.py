@@ -34,6 +34,8 @@ class Evaluation:
     targets: int
     time: float
     samples: tuple[Sample, ...] = ()
+    averaged: bool = False
+    """Of the average of the weights, not of those that are trained."""
 
     def values(self) -> dict[str, Any]:
         """As plain values, for JSON."""

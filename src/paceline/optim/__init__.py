@@ -1,1 +1,1 @@
-"""Optimizers and learning-rate schedules: one a file."""
+"""Optimizers, learning-rate schedules and averages of the weights: one a file."""

@@ -1,4 +1,4 @@
-"""What every optimizer and schedule config offers, and which parameters decay."""
+"""What every optimizer config offers, and which parameters decay."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -29,13 +29,6 @@ class OptimizerConfig(Protocol):
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over named parameters."""
-
-
-class ScheduleConfig(Protocol):
-    """The frozen config class of a learning-rate schedule."""
-
-    def factor(self, step: int, steps: int) -> float:
-        """What the peak rate is multiplied by in step ``step`` (1-based) of ``steps``."""
 
 
 def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

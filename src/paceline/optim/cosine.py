@@ -2,13 +2,16 @@
 
 import math
 
-from paceline.optim.warmup import Warmup
+from paceline.optim.warmup import Falling
 
 
-class Cosine(Warmup):
-    """factor = final + (1 - final) (1 + cos(pi t)) / 2; t is the share of the steps after the warm-up that is done."""
+class Cosine(Falling):
+    """Half a cosine from the peak to ``final``.
 
-    def factor(self, step: int, steps: int) -> float:
-        """What the peak rate is multiplied by in step ``step`` (1-based) of ``steps``."""
+    factor = final + (1 - final) (1 + cos(pi t)) / 2
+    """
+
+    def factor(self, step: float, steps: float) -> float:
+        """See ``RateSchedule.factor``."""
         rise, done = self.split(step, steps)
         return rise * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)

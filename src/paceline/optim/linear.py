@@ -1,12 +1,15 @@
 """Warm-up, then a straight line down."""
 
-from paceline.optim.warmup import Warmup
+from paceline.optim.warmup import Falling
 
 
-class Linear(Warmup):
-    """factor = 1 - (1 - final) t, with t the share of the steps after the warm-up that is done."""
+class Linear(Falling):
+    """A straight line from the peak to ``final``.
 
-    def factor(self, step: int, steps: int) -> float:
-        """What the peak rate is multiplied by in step ``step`` (1-based) of ``steps``."""
+    factor = 1 - (1 - final) t
+    """
+
+    def factor(self, step: float, steps: float) -> float:
+        """See ``RateSchedule.factor``."""
         rise, done = self.split(step, steps)
         return rise * (1 - (1 - self.final) * done)

@@ -1,6 +1,8 @@
-"""How the batch of a step is cut into micro-batches on each data-parallel rank."""
+"""How many sequences a step has, and how they are cut into micro-batches on each data-parallel rank."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from paceline.config import BatchConfig
 from paceline.errors import PlanError
@@ -54,3 +56,41 @@ def plan_batch(batch: BatchConfig, data_parallel: int) -> BatchPlan:
         micro=micro,
         micro_batches=-(-share // micro),
     )
+
+
+def sequences_of(batch: BatchConfig, step: int) -> int:
+    """Sequences of step ``step`` (1-based) over all ranks: a function of the config and the step alone.
+
+    While the batch grows, it does so in rises of ``by`` sequences at even distances, the last of them just after
+    ``warmup.steps``, and smaller where what is left is no multiple.
+    """
+    grows = batch.warmup
+    if grows is None or step > grows.steps:
+        return batch.sequences
+    rises = -(-(batch.sequences - grows.start) // grows.by)
+    return min(batch.sequences, grows.start + grows.by * (rises * (step - 1) // grows.steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The batch of every step of a run."""
+
+    full: BatchPlan
+    growing: tuple[BatchPlan, ...] = ()
+    """Of the first steps, in order; all others are ``full``."""
+
+    def at(self, step: int) -> BatchPlan:
+        """Of step ``step``, 1-based."""
+        return self.growing[step - 1] if step <= len(self.growing) else self.full
+
+    def sequences(self, first: int, last: int) -> int:
+        """Sequences of steps ``first`` to ``last`` together."""
+        return self._until(last) - self._until(first - 1)
+
+    def _until(self, step: int) -> int:
+        grown = min(step, len(self.growing))
+        return self._sums[grown] + (step - grown) * self.full.sequences
+
+    @cached_property
+    def _sums(self) -> tuple[int, ...]:
+        return tuple(accumulate((plan.sequences for plan in self.growing), initial=0))

@@ -2,9 +2,10 @@
 
 from paceline.config import BatchConfig, Config
 from paceline.errors import PlanError
-from paceline.plan.batch import BatchPlan, plan_batch
+from paceline.plan.batch import Batches, BatchPlan, plan_batch, sequences_of
 from paceline.plan.layout import Grid, check_offload
 from paceline.plan.precision import check_precision
+from paceline.plan.rate import check_rate
 from paceline.plan.stages import check_schedule, schedule_of
 
 
@@ -13,9 +14,8 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
     layout = config.layout
     check_precision(config)
     grid = Grid.of(layout)
-    data_parallel = config.replicas * grid.shard
-    batch = plan_batch(_with_micro(config.batch, config, data_parallel), data_parallel)
-    check_schedule(layout, batch, compiled=config.train.compile)
+    batch = plan_batches(config).full
+    check_rate(config)
     cut = [axis for axis in ("tensor", "pipeline", "context", "expert") if getattr(layout, axis) > 1]
     if config.train.compile and cut:
         raise PlanError(
@@ -30,6 +30,38 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
             "layout.sequence=true cuts what lies between tensor ranks. Set layout.tensor, or sequence=false"
         )
     return grid, batch
+
+
+def plan_batches(config: Config) -> Batches:
+    """The batch of every step; ``PlanError`` if that of some step cannot be dealt out.
+
+    While the batch grows, a step is cut as that of a run whose batch is so large would be, but for a ``micro`` above a
+    rank's share: then the share is one micro-batch.
+    """
+    full, warmup = _plan(config, config.batch), config.batch.warmup
+    if warmup is None:
+        return Batches(full=full)
+    plans: dict[int, BatchPlan] = {}
+    growing = []
+    for step in range(1, warmup.steps + 1):
+        sequences = sequences_of(config.batch, step)
+        if sequences not in plans:
+            share = -(-sequences // full.data_parallel)
+            micro = config.batch.micro and min(config.batch.micro, share)
+            smaller = config.batch.model_copy(update={"sequences": sequences, "micro": micro, "warmup": None})
+            try:
+                plans[sequences] = _plan(config, smaller)
+            except PlanError as error:
+                raise PlanError(f"batch.warmup gives step {step} a batch of {sequences}: {error}") from None
+        growing.append(plans[sequences])
+    return Batches(full=full, growing=tuple(growing))
+
+
+def _plan(config: Config, batch: BatchConfig) -> BatchPlan:
+    data_parallel = config.replicas * Grid.of(config.layout).shard
+    plan = plan_batch(_with_micro(batch, config, data_parallel), data_parallel)
+    check_schedule(config.layout, plan, compiled=config.train.compile)
+    return plan
 
 
 def _with_micro(batch: BatchConfig, config: Config, data_parallel: int) -> BatchConfig:

@@ -11,12 +11,13 @@ from paceline.errors import ConfigError
 from paceline.models.describe import describe
 from paceline.objectives.base import holds_all_logits
 from paceline.objectives.head_cross_entropy import rows_at_a_time
-from paceline.plan.batch import BatchPlan
+from paceline.plan.batch import Batches, BatchPlan
 from paceline.plan.layout import Grid
 from paceline.plan.memory import RankMemory, rank_memory
 from paceline.plan.model import ModelSizes
 from paceline.plan.precision import Precision, resolve_precision
-from paceline.plan.run import plan_run
+from paceline.plan.run import plan_batches, plan_run
+from paceline.recipes.rates import average_words, growth_words, perturb_words, rate_words, rates
 from paceline.train.assemble import (
     check_positions,
     model_sizes,
@@ -33,13 +34,23 @@ class Plan:
     config: Config
     model: ModelSizes
     vocabulary_is_open: bool
-    batch: BatchPlan
+    batches: Batches
     memory: RankMemory
     precision: Precision
     grid: Grid
     wire_bytes: float
     logit_rows: int | None
     """How many rows of logits are there at once; None for all, or for a family with which this could not be tried."""
+
+    @property
+    def batch(self) -> BatchPlan:
+        """Of a step with the full batch."""
+        return self.batches.full
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run, over all ranks."""
+        return self.batches.sequences(1, self.config.train.steps) * self.batch.sequence_tokens
 
     def values(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -48,6 +59,7 @@ class Plan:
             "config": self.config.tree(),
             "model": asdict(self.model),
             "batch": {**asdict(self.batch), "tokens": self.batch.tokens, "filling": self.batch.filling},
+            "rates": rates(self.config, self.batches),
             "precision": self.precision.name,
             "ranks": [
                 {"rank": rank, "replica": rank // self.grid.ranks, "does": self._duty(rank)}
@@ -56,7 +68,7 @@ class Plan:
             "bytes_per_rank": memory,
             "wire_bytes_per_step": self.wire_bytes,
             "logit_rows": self.logit_rows,
-            "tokens_in_all": self.batch.tokens * self.config.train.steps,
+            "tokens_in_all": self.tokens,
         }
 
     def text(self) -> str:
@@ -69,10 +81,14 @@ class Plan:
             f"{self.model.layers} blocks{open_note}",
             f"batch      {b.sequences} sequences x {b.sequence_tokens} tokens = {b.tokens:,} tokens a step"
             f" = {b.data_parallel} rank(s) x {b.micro_batches} micro-batch(es) x {b.micro} sequence(s){filling}",
-            f"run        {c.train.steps:,} steps, {b.tokens * c.train.steps:,} tokens, into {c.train.output}",
+            *self._line("", growth_words(c, self.batches)),
+            f"run        {c.train.steps:,} steps, {self.tokens:,} tokens, into {c.train.output}",
             f"precision  {self._precision_words()}",
             f"logits     {self._logits()}",
             f"optimizer  {strategy_name(c.optimizer)}, {strategy_name(c.schedule)} schedule",
+            f"rate       {rate_words(c, self.batches)}",
+            *self._line("average", average_words(c)),
+            *self._line("perturb", perturb_words(c)),
             f"sync       {strategy_name(c.sync)} over {c.replicas} replica(s), "
             f"{_bytes(self.wire_bytes)} sent by each rank a step",
             "",
@@ -94,6 +110,9 @@ class Plan:
             f"{self.precision.name} ({how}; this processor has {here} units), {self.config.reduction} sums of gradients"
         )
 
+    def _line(self, name: str, words: str | None) -> list[str]:
+        return [] if words is None else [f"{name:<11}{words}"]
+
     def _logits(self) -> str:
         if self.logit_rows is None:
             return "all of a micro-batch at once (the model changes what its head gives, or could not be tried)"
@@ -106,6 +125,7 @@ class Plan:
             ("weights to compute with", m.compute_weights),
             ("gradients", m.gradients),
             ("optimizer state", m.optimizer),
+            *([("copies of the weights", m.copies)] if m.copies else []),
             ("sync buffers", m.sync),
             ("activations (estimate)", m.activations_estimate),
             ("logits (estimate)", m.logits_estimate),
@@ -127,6 +147,8 @@ def explain(config: Config) -> Plan:
     if source is None:
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
     grid, batch = plan_run(config)
+    schedule: Any = config.schedule
+    average: Any = config.average
     check_positions(source, config.batch.sequence_tokens)
     vocabulary, vocabulary_is_open = wanted_vocabulary(config, source), source.vocabulary is None
     if vocabulary_is_open and vocabulary is not None:
@@ -143,7 +165,7 @@ def explain(config: Config) -> Plan:
         config=config,
         model=sizes,
         vocabulary_is_open=vocabulary_is_open,
-        batch=batch,
+        batches=plan_batches(config),
         precision=precision,
         grid=grid,
         memory=rank_memory(
@@ -156,6 +178,7 @@ def explain(config: Config) -> Plan:
             state_per_parameter=optimizer.state_per_parameter,
             sync_bytes=sync.state_bytes(shapes, value_bytes) // grid.ranks if config.replicas > 1 else 0,
             logit_rows=logit_rows,
+            copies=average.keeps + (schedule.measures == "change"),
         ),
         wire_bytes=sync.wire_bytes(shapes, config.replicas, value_bytes) / grid.ranks,
         logit_rows=logit_rows,

@@ -83,7 +83,7 @@ def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: S
     prepare_in_child(config, output / "logs" / "prepare.log", say=say, debug=debug)
     local = LocalRun(
         _RankMain(config),
-        _places(config, ranks),
+        places(config, ranks),
         port=config.train.port,
         logs=output / "logs",
         debug=debug,
@@ -122,7 +122,8 @@ def _show(shown: Tracker, kind: str, record: Mapping[str, Any]) -> Tracker | Non
     return shown
 
 
-def _places(config: Config, ranks: int) -> list[Coordinates]:
+def places(config: Config, ranks: int) -> list[Coordinates]:
+    """Who the ranks of a run on this machine are."""
     world = config.replicas * ranks
     return [
         Coordinates.of(rank, replicas=config.replicas, ranks=ranks, local_rank=rank, local_ranks=world)
@@ -237,7 +238,8 @@ def _leave_results(loop: Loop) -> None:
     assert loop.trackers is not None
     if loop.parts.source is not None:
         hugging_face.write(output / "export", loop.weights(), loop.parts.source, loop.parts.prepared.tokenizer)
-        loop.trackers.event("export", str(output / "export"), step=loop.step)
+        averaged = " (the average of the weights)" if loop.parts.average.is_exported else ""
+        loop.trackers.event("export", f"{output / 'export'}{averaged}", step=loop.step)
         if not hugging_face.reads_as_trained(output / "export"):
             text = (
                 f"transformers' AutoTokenizer splits text otherwise for {loop.parts.source.family} models than in "

@@ -21,7 +21,19 @@ from typing import Any, Protocol
 
 Record = Mapping[str, Any]
 
-EVENT_KINDS = ("start", "resume", "checkpoint", "evaluate", "skip", "stop", "export", "warning", "error", "done")
+EVENT_KINDS = (
+    "start",
+    "resume",
+    "checkpoint",
+    "evaluate",
+    "skip",
+    "perturb",
+    "stop",
+    "export",
+    "warning",
+    "error",
+    "done",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,63 +1,34 @@
-"""Line charts over training steps, drawn as SVG without a library.
+"""Line charts over training steps, or over another quantity, drawn as SVG without a library.
 
 All charts of a report share one ``Steps``: the same range, the same tokens beneath the ticks, the same marks. Colours
-and type come from the page's style sheet by class name, so that one picture serves light, dark and paper.
+and type come from a style sheet by class name (``charts.css``), so that one picture serves light, dark and paper.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
+from paceline.track.axes import LEFT, RIGHT, Mark, Quantity, Scale, Steps, bottom, log_ticks, tick_labels, ticks
 from paceline.track.curves import Point, thin
 from paceline.track.markup import Markup, element, join
-from paceline.track.words import count, quantity
+from paceline.track.words import quantity
 
-LEFT, RIGHT, TOP, BOTTOM = 48, 46, 18, 38
+TOP, BOTTOM = 18, 38
 LABEL_PX = 13  # height of a line of labels
 MOST_DOTS = 60
 
 
 @dataclass(frozen=True)
-class Mark:
-    """Something that happened at a step, shown on every chart."""
-
-    step: int
-    kind: Literal["resume", "checkpoint", "warning"]
-    text: str
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The horizontal axis: steps from ``first`` to ``last``, tokens seen where known, and marks."""
-
-    first: int
-    last: int
-    tokens_seen: Sequence[tuple[int, int]] = ()
-    """(step, tokens seen), ascending."""
-    marks: Sequence[Mark] = ()
-
-    def tokens_at(self, step: float) -> float | None:
-        """Tokens seen at a step, between known steps by a straight line; None outside of them."""
-        place = bisect_left(self.tokens_seen, (step, 0))
-        if place == len(self.tokens_seen):
-            return None
-        right, right_tokens = self.tokens_seen[place]
-        if right == step or place == 0:
-            return right_tokens if right == step else None
-        left, left_tokens = self.tokens_seen[place - 1]
-        return left_tokens + (right_tokens - left_tokens) * (step - left) / (right - left)
-
-
-@dataclass(frozen=True)
 class Line:
-    """One curve: ``raw`` is faint, without a number at its end, ``dots`` are measurements, ``area`` is filled."""
+    """One curve: ``raw`` is faint, without a number at its end, ``dots`` are measurements, ``area`` is filled.
+
+    ``second`` to ``fifth`` are like ``main``, in other colours.
+    """
 
     name: str
     points: Sequence[Point]
-    style: Literal["main", "raw", "dots", "area"] = "main"
+    style: Literal["main", "second", "third", "fourth", "fifth", "raw", "dots", "area"] = "main"
 
 
 @dataclass(frozen=True)
@@ -71,87 +42,44 @@ class Chart:
     from_zero: bool = False
     log_if_wide: bool = False
     """A logarithmic axis when the values span a factor of more than 30."""
+    is_named: bool = False
+    """The names of the curves stand above them, in their colours: for a picture without a legend beside it."""
 
     def values(self) -> list[float]:
         """Every number that is drawn as a curve."""
         return [y for line in self.lines for _, y in line.points if y is not None]
 
 
-class Scale:
-    """Maps ``low..high`` to ``start..end`` pixels; a range of no width maps to the middle."""
+def draw(chart: Chart, along: Steps | Quantity, width: int = 372, height: int = 230, style: str = "") -> Markup:
+    """The chart as an ``svg`` element of ``width`` x ``height`` pixels that scales with the page.
 
-    def __init__(self, low: float, high: float, start: float, end: float, *, log: bool = False) -> None:
-        self.low, self.high, self.log = low, high, log
-        self._start, self._end = start, end
-
-    def __call__(self, value: float) -> float:
-        """The pixel of a value; values outside are held at the edge."""
-        if self.high == self.low:
-            return (self._start + self._end) / 2
-        value = min(max(value, self.low), self.high)
-        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        share = ((math.log(value) if self.log else value) - low) / (high - low)
-        return self._start + share * (self._end - self._start)
-
-
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """At most ``most`` round numbers (1, 2 or 5 times a power of ten) within ``low..high``, evenly spaced."""
-    if high <= low:
-        return [low]
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        if last - first + 1 <= most:
-            break
-    return [place * step for place in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """At most ``most`` numbers within ``low..high``: 1, 2 and 5 of each power of ten, or every so many powers."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1, 2, 5), (1, 3), (1,)):
-        found = [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]
-        if len(found) <= most:
-            return found
-    return found[:: -(-len(found) // most)]
-
-
-def tick_labels(values: Sequence[float]) -> list[str]:
-    """Labels of evenly spaced ticks, all with the digits that tell them apart and the same unit."""
-    largest = max(abs(value) for value in values)
-    if 0 < largest < 0.0095:
-        return [f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0" for value in values]
-    units = [(1e9, "B"), (1e6, "M"), (1e3, "k")]
-    divisor, unit = next(((size, name) for size, name in units if largest >= 10 * size), (1.0, ""))
-    spacing = min((b - a for a, b in pairwise(values)), default=largest) / divisor
-    digits = max(0, -math.floor(math.log10(spacing) + 1e-9)) if spacing else 0
-    return [f"{value / divisor:,.{digits}f}{unit}" if value else "0" for value in values]
-
-
-def draw(chart: Chart, steps: Steps, width: int = 372, height: int = 230) -> Markup:
-    """The chart as an ``svg`` element of ``width`` x ``height`` pixels that scales with the page."""
-    across = Scale(steps.first, steps.last, LEFT, width - RIGHT)
+    With a ``style`` sheet of its own (``charts.css``) the text is a whole SVG file.
+    """
+    across = Scale(along.first, along.last, LEFT, width - RIGHT, log=along.log)
     up = _vertical(chart, height)
     parts = [
         *_grid(up, width, height),
-        *_marks(steps.marks, across, height, named=width > 500),
+        *_marks(along.marks, across, height, named=width > 500),
         *(_line(line, across, up) for line in chart.lines),
         *_levels(chart, up, width),
         *_ends(chart, across, up),
-        *_above(chart, up, width),
-        *_bottom(steps, across, width, height),
+        *_above(chart, along, up, width),
+        *bottom(along, across, width, height - BOTTOM),
+        *(_names(chart, width) if chart.is_named else ()),
     ]
     return element(
         "svg",
-        element("title", f"{chart.title}, {chart.unit}"),
-        element("desc", description(chart)),
+        *([element("style", Markup(style))] if style else []),
+        element("title", ", ".join(filter(None, (chart.title, chart.unit)))),
+        element("desc", description(chart, along)),
         *parts,
+        xmlns="http://www.w3.org/2000/svg" if style else None,
         viewBox=f"0 0 {width} {height}",
         role="img",
     )
 
 
-def description(chart: Chart) -> str:
+def description(chart: Chart, along: Steps | Quantity) -> str:
     """The chart in words, for those who do not see it."""
     sentences = []
     for line in chart.lines:
@@ -160,7 +88,7 @@ def description(chart: Chart) -> str:
             (x0, y0), (x1, y1) = known[0], known[-1]
             low, high = min(y for _, y in known), max(y for _, y in known)
             sentences.append(
-                f"{line.name}: {quantity(y0)} at step {x0:,.0f}, {quantity(y1)} at step {x1:,.0f}, "
+                f"{line.name}: {quantity(y0)} at {along.words(x0)}, {quantity(y1)} at {along.words(x1)}, "
                 f"between {quantity(low)} and {quantity(high)}."
             )
     sentences += [f"{name}: {quantity(value)}." for name, value in chart.levels]
@@ -209,7 +137,7 @@ def _marks(marks: Sequence[Mark], across: Scale, height: int, *, named: bool) ->
     base = height - BOTTOM
     for mark in marks:
         x = across(mark.step)
-        title = element("title", f"step {mark.step:,}: {mark.text}")
+        title = element("title", f"step {mark.step:,}: {mark.text}" if mark.kind != "chosen" else mark.text)
         if mark.kind == "checkpoint":
             shape = f"M{x:.1f},{base - 6}l3.5,6h-7z"
             parts.append(element("path", title, class_="checkpoint", d=shape))
@@ -262,29 +190,21 @@ def _ends(chart: Chart, across: Scale, up: Scale) -> list[Markup]:
     return parts
 
 
-def _above(chart: Chart, up: Scale, width: int) -> list[Markup]:
+def _above(chart: Chart, along: Steps | Quantity, up: Scale, width: int) -> list[Markup]:
     """What is cut off at the top, in words."""
     beyond = [[(y, x) for x, y in line.points if y is not None and y > up.high] for line in chart.lines]
     highest = max(beyond, key=lambda points: max(points, default=(up.high, 0)))
     if not highest:
         return []
     (y, x), number = max(highest), len(highest)
-    words = f"{number} step{'s' * (number != 1)} above, up to {quantity(y)} at step {x:,.0f} \u2191"
+    words = f"{number} step{'s' * (number != 1)} above, up to {quantity(y)} at {along.words(x)} \u2191"
     return [element("text", words, class_="tick", x=width - RIGHT, y=TOP - 6, text_anchor="end")]
 
 
-def _bottom(steps: Steps, across: Scale, width: int, height: int) -> list[Markup]:
-    base = height - BOTTOM
-    parts = [element("line", class_="axis", x1=LEFT, x2=width - RIGHT, y1=base, y2=base)]
-    parts.append(element("text", "step", class_="tick name", x=LEFT - 6, y=base + 15, text_anchor="end"))
-    if steps.tokens_seen:
-        parts.append(element("text", "tokens", class_="tick name", x=LEFT - 6, y=base + 29, text_anchor="end"))
-    places = [place for place in ticks(steps.first, steps.last, width // 85) if place == round(place)]
-    for place in places:
-        x = across(place)
-        parts.append(element("line", class_="axis", x1=x, x2=x, y1=base, y2=base + 3))
-        parts.append(element("text", f"{place:,.0f}", class_="tick", x=x, y=base + 15, text_anchor="middle"))
-        tokens = steps.tokens_at(place)
-        if tokens is not None:
-            parts.append(element("text", count(tokens), class_="tick name", x=x, y=base + 29, text_anchor="middle"))
-    return parts
+def _names(chart: Chart, width: int) -> list[Markup]:
+    """The names of the curves in one line above them."""
+    spans: list[Markup] = []
+    for line in chart.lines:
+        if line.name and line.style != "raw":
+            spans.append(element("tspan", line.name, class_=f"end {line.style}", dx="14" if spans else None))
+    return [element("text", *spans, x=LEFT, y=TOP - 6)]

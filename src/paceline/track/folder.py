@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from paceline.errors import PacelineError
+from paceline.track.axes import Mark, Steps
 from paceline.track.base import RunInfo
-from paceline.track.charts import Mark, Steps
 from paceline.track.curves import Point, Values
 from paceline.track.jsonl import EVENTS, METRICS, RUN, read_evaluations, read_events, read_metrics
 

@@ -35,31 +35,26 @@ def write_report(folder: Path) -> Path:
 
     Raises ``PacelineError`` when the folder is no run, a file in it is damaged, or the page cannot be written.
     """
-    page = render(read_run(folder))
-    path, temporary = folder / "report.html", folder / ".report.html.new"
+    path = folder / "report.html"
+    write_page(path, render(read_run(folder)))
+    return path
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page whole or not at all; ``PacelineError`` if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.new")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         raise PacelineError(f"{path} cannot be written: {error.strerror}") from None
-    return path
 
 
 def render(run: RunFolder) -> str:
     """The whole page."""
     name = run.info.name if run.info else run.path.resolve().name
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        # Whatever a text in the run holds: the page loads nothing and runs no script.
-        element("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-        element("title", f"{name} \u2013 paceline"),
-        element("style", Markup((files("paceline.track") / "report.css").read_text(encoding="utf-8"))),
-    )
-    body = element(
-        "body",
-        element("h1", name),
+    return page(
+        name,
         element("p", _about(run), class_="about"),
         _verdict(run),
         figures(run),
@@ -70,7 +65,26 @@ def render(run: RunFolder) -> str:
         _commands(run),
         element("footer", f"Written by paceline from {run.path}."),
     )
+
+
+def page(name: str, *content: Markup) -> str:
+    """A whole HTML page that needs no other file, with its name as a heading."""
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        # Whatever a text in the run holds: the page loads nothing and runs no script.
+        element("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
+        element("title", f"{name} \u2013 paceline"),
+        element("style", Markup(style("charts.css", "report.css"))),
+    )
+    body = element("body", element("h1", name), *content)
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def style(*sheets: str) -> str:
+    """Style sheets of this package, one after the other."""
+    return "".join((files("paceline.track") / sheet).read_text(encoding="utf-8") for sheet in sheets)
 
 
 def _verdict(run: RunFolder) -> Markup:
@@ -133,7 +147,7 @@ def _numbers(run: RunFolder) -> Markup:
         for record in _spread(run.metrics, MOST_ROWS, [step for step, _ in run.held_out("bits_per_byte")])
     ]
     names = ["step", "tokens seen", "loss", "held-out bits/byte", "learning rate", "gradient norm", "tokens/s"]
-    return element("section", element("h2", "Numbers"), _table(names, rows, numbers=len(names)))
+    return element("section", element("h2", "Numbers"), table(names, rows, numbers=len(names)))
 
 
 def _events(run: RunFolder) -> Markup:
@@ -157,7 +171,7 @@ def _events(run: RunFolder) -> Markup:
         "section",
         element("h2", "Events"),
         note,
-        _table(["after", "step", "kind", "message"], rows, numbers=2, kinds=kinds),
+        table(["after", "step", "kind", "message"], rows, numbers=2, kinds=kinds),
     )
 
 
@@ -193,7 +207,7 @@ def _commands(run: RunFolder) -> Markup:
     )
 
 
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: int, kinds: Sequence[str] = ()) -> Markup:
+def table(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: int, kinds: Sequence[str] = ()) -> Markup:
     """A table whose first ``numbers`` columns are aligned to the right; ``kinds`` colours rows."""
 
     def cells(tag: str, row: Sequence[str]) -> list[Markup]:

@@ -59,7 +59,8 @@ class PlainDisplay:
         self._progress.held_out = evaluation
         loss = f", loss {quantity(evaluation.get('loss'))}" if evaluation.get("bits_per_byte") is not None else ""
         targets = f" over {count(evaluation['targets'])} targets" if "targets" in evaluation else ""
-        self._say(f"{self._at(evaluation)}  held-out {held_out_words(evaluation)}{loss}{targets}")
+        averaged = ", of the averaged weights" if evaluation.get("averaged") else ""
+        self._say(f"{self._at(evaluation)}  held-out {held_out_words(evaluation)}{loss}{targets}{averaged}")
 
     def event(self, event: Record) -> None:
         """Print the event, but for evaluations, which have their own line."""

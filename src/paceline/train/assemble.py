@@ -27,15 +27,18 @@ from paceline.models.describe import describe
 from paceline.models.source import ModelSource
 from paceline.objectives.base import Objective, ObjectiveContext, ObjectiveOptions
 from paceline.objectives.isolation import check_isolation
-from paceline.optim.base import OptimizerConfig, ScheduleConfig
+from paceline.optim.base import OptimizerConfig
 from paceline.parallel.blocks import blocks
 from paceline.parallel.expert import find_experts
-from paceline.plan.batch import BatchPlan
+from paceline.plan.batch import Batches, BatchPlan
 from paceline.plan.model import ModelSizes
 from paceline.plan.precision import Precision, resolve_precision
-from paceline.plan.run import plan_run
+from paceline.plan.run import plan_batches, plan_run
 from paceline.sync.base import Sync
+from paceline.train.average import Average, check_statistics
 from paceline.train.build import Built, Goal, build
+from paceline.train.perturb import Perturb
+from paceline.train.rate import Rate
 
 Say = Callable[[str], None]
 
@@ -58,10 +61,12 @@ class Parts:
     sizes: ModelSizes
     precision: Precision
     objective: Objective
-    batch: BatchPlan
+    batches: Batches
     loader: Loader
     optimizer_config: OptimizerConfig
-    schedule_config: ScheduleConfig
+    rate: Rate
+    average: Average
+    perturb: Perturb
     sync: Sync
     evaluator: HeldOut
     checkpointer: Checkpointer | None
@@ -76,7 +81,7 @@ class Parts:
     @property
     def flops_per_token(self) -> float:
         """Operations for one token, forward and backward."""
-        return self.sizes.flops_per_token(self.batch.sequence_tokens)
+        return self.sizes.flops_per_token(self.batches.full.sequence_tokens)
 
 
 def resolve_model(config: Config) -> ModelSource | None:
@@ -157,6 +162,7 @@ def put_together(
     """Cut the model as the config's layout says, deal out the rows, and build what the loop needs besides."""
     device = world.device
     _, batch = plan_run(config)
+    batches = plan_batches(config)
     assert batch.data_parallel == world.data_ranks
     model, source, options, context = material.model, material.source, material.options, material.context
     sizes = model_sizes(model, context.special.vocabulary)
@@ -169,6 +175,10 @@ def put_together(
         )
     if context.isolate_documents:
         check_isolation(model, options, context)
+    average: Any = config.average
+    if average.keeps:
+        check_statistics(model)
+    perturb = Perturb(config.perturb, model, seed=config.seed, steps=config.train.steps)
     first = [material.train[0].row(i % len(material.train[0]), i) for i in range(2)]
     sample = material.objective.batch(first, seed=config.seed, step=0)
     built = build(
@@ -194,17 +204,12 @@ def put_together(
         sizes=sizes,
         precision=precision,
         objective=material.objective,
-        batch=batch,
-        loader=Loader(
-            material.train,
-            material.order,
-            sequences=batch.sequences,
-            rank=world.data_rank,
-            ranks=world.data_ranks,
-            micro=batch.micro,
-        ),
+        batches=batches,
+        loader=Loader(material.train, material.order, batches, rank=world.data_rank),
         optimizer_config=config.optimizer,  # type: ignore[arg-type]
-        schedule_config=config.schedule,  # type: ignore[arg-type]
+        rate=Rate(config, batches, replica=built.replica, names=built.learned),
+        average=Average(average, built.replica),
+        perturb=perturb,
         sync=config.sync.build(world.link),  # type: ignore[attr-defined]
         evaluator=_evaluator(config, world, material, built, batch),
         checkpointer=_checkpointer(config, world),

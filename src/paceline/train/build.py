@@ -57,6 +57,8 @@ class Built:
     """What is in force while a step's micro-batch runs forward: it says what is dropped."""
     by_chance: str | None
     """What of the model is random other than by step, sequence and position; None if nothing."""
+    learned: tuple[str, ...]
+    """The parameters that learn, of the whole model: in one order on all ranks."""
 
 
 def build(
@@ -89,6 +91,7 @@ def build(
             "built. Use optimizer=adamw, or replicas and pipeline"
         )
     whole = _state_names(model)
+    learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     held: dict[str, Held] = {}
     stages = context = None
     objective = balanced(model, goal.objective, goal.sample, mesh, sequence=layout.sequence, compiled=compiled)
@@ -154,6 +157,7 @@ def build(
         split=context.split if context is not None else lambda batch: batch,
         drawing=dropout.drawing if dropout is not None else lambda *_: nullcontext(),
         by_chance=places.unknown,
+        learned=learned,
     )
 
 

@@ -3,6 +3,7 @@
 import signal
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 from paceline.config import Config
 
@@ -36,10 +37,15 @@ class StopRequest:
 
 
 def after(config: Config, step: int, stop: bool) -> After:
-    """What to do after ``step``; the last step is always measured, it and one after which all stop are always saved."""
+    """What to do after ``step``; the last step is always measured, it and one after which all stop are always saved.
+
+    Who is asked to stop measures no more, unless the rate of the steps to come follows from it.
+    """
     last = step == config.train.steps
+    schedule: Any = config.schedule
+    waits = not stop or schedule.measures == "held_out"
     return After(
-        evaluate=last or (not stop and _due(step, config.evaluate.every)),
+        evaluate=last or (waits and _due(step, config.evaluate.every)),
         save=last or stop or _due(step, config.checkpoint.every),
         stop=stop or last,
     )

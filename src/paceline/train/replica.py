@@ -158,13 +158,18 @@ class ModuleReplica:
         if found := {shard.name: gradient for shard in self.shards if (gradient := shard.gradient) is not None}:
             wide = torch.promote_types(next(iter(found.values())).dtype, torch.float32)
             norms = torch.stack(torch._foreach_norm(list(found.values()), 2, wide)).double().to(self._device)
-            owned = torch.tensor([self._owns(name) for name in found], dtype=torch.float64, device=self._device)
+            owned = torch.tensor([self.owns(name) for name in found], dtype=torch.float64, device=self._device)
             squares = (norms.square() * owned).sum()  # what is not finite is NaN, also times 0
         return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()
 
-    def _owns(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
+        """Whether this rank counts what it holds of a parameter: of ranks with equal values exactly one does."""
         held = self.held.get(name)
         return self.mesh.tensor.index == 0 if held is None else held.is_owner
+
+    def sum_of(self, values: Tensor) -> Tensor:
+        """Sum over all ranks of the replica: fp64, on the CPU."""
+        return self.mesh.world.all_reduce(values.double().to(self._device), where="sums").cpu()
 
     def _gradient_added(self, name: str) -> None:
         if self._last and name not in self._late:

@@ -13,8 +13,11 @@ from paceline.train.replica import ModuleReplica
 Place = tuple[int, int]
 
 
-def tensors(model: nn.Module, replica: ModuleReplica, sync: Sync, place: Place) -> dict[str, TensorState]:
-    """Masters, frozen parameters, buffers that are state, the optimizer's tensors and the sync's; a restore fills them.
+def tensors(
+    model: nn.Module, replica: ModuleReplica, sync: Sync, place: Place, *, average: Mapping[str, Tensor]
+) -> dict[str, TensorState]:
+    """Masters, frozen parameters, buffers that are state, the optimizer's tensors, the sync's and the ``average`` of
+    the parameters, by name; a restore fills them.
 
     ``place`` is (replica, replicas).
     """
@@ -30,6 +33,8 @@ def tensors(model: nn.Module, replica: ModuleReplica, sync: Sync, place: Place) 
                     if value.shape == parameter.shape
                     else tensor_state(value, Kind.REPLICATED, holder=_scalar_holder(name, replica))
                 )
+    for name, mean in average.items():
+        state[f"average/{name}"] = part_of(mean, name, replica)
     for name, kept in sync.state().items():
         kind, rule = Kind(kept.kind), Rule(kept.rule) if kept.rule else None
         own = place if kind in {Kind.PER_REPLICA, Kind.OPAQUE} else None
@@ -50,10 +55,13 @@ def restore(
     place: Place,
     checkpoint: Checkpoint,
     layout: Mapping[str, int],
+    *,
+    average: Mapping[str, Tensor],
 ) -> None:
     """Fill what ``tensors`` names from a checkpoint that holds exactly that, else ``CheckpointError``.
 
-    A new optimizer has no state to fill until its first step, so places are made for what the checkpoint holds.
+    An average that is empty is left out, whether the checkpoint has one or not. A new optimizer has no state to fill
+    until its first step, so places are made for what the checkpoint holds.
     """
     learned = {shard.name: shard.parameter for shard in replica.shards}
     replica.optimizer.state.clear()
@@ -65,8 +73,12 @@ def restore(
             like = learned[name] if entry.kind == Kind.PARAMETER else torch.empty(entry.shape, device=device)
             empty = torch.zeros_like(like, dtype=dtype, requires_grad=False)
             replica.optimizer.state.setdefault(learned[name], {})[key] = empty
-    elsewhere = {slot for slot in checkpoint.names if _parameter_of(slot) in replica.elsewhere}
-    checkpoint.restore(tensors(model, replica, sync, place), layout=layout, elsewhere=elsewhere)
+    elsewhere = {
+        slot
+        for slot in checkpoint.names
+        if _parameter_of(slot) in replica.elsewhere or (not average and slot.startswith("average/"))
+    }
+    checkpoint.restore(tensors(model, replica, sync, place, average=average), layout=layout, elsewhere=elsewhere)
     replica.refresh()
 
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -50,8 +51,9 @@ class Loop:
         self._resume()
         self._check_same_run()
         if parts.checkpointer:
-            # Weights and optimizer: the newest checkpoint stays while the next is written beside it.
-            floats = (1 + parts.optimizer_config.state_per_parameter) * parts.sizes.trainable
+            # Weights, optimizer and average: the newest checkpoint stays while the next is written beside it.
+            copies = 1 + parts.optimizer_config.state_per_parameter + bool(parts.average.tensors)
+            floats = copies * parts.sizes.trainable
             check_space(self._checkpoints, 2 * 4 * floats)
 
     @property
@@ -74,7 +76,7 @@ class Loop:
             if event.skipped:
                 self._tell_skipped(event)
             if todo.evaluate:
-                self.evaluate()
+                self.parts.rate.evaluated(self.step, self.evaluate().loss)
             if todo.save:
                 self.save()
             if stop and self.trackers:
@@ -103,16 +105,22 @@ class Loop:
             self.trackers.event("skip", text, step=event.step)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """The model's state as transformers names it, whole; of ranks that share it, from the last save."""
+        """The model's state as transformers names it, whole; of ranks that share it, from the last save.
+
+        Of the parameters the average, where that is to be exported.
+        """
         parts = self.parts
         if self.coordinates.ranks > 1:
-            return SavedWeights(load(self._checkpoints, self.step))
+            return SavedWeights(load(self._checkpoints, self.step), averaged=parts.average.is_exported)
         learned = {shard.name: shard.parameter.detach() for shard in parts.built.replica.shards}
+        learned |= parts.average.tensors if parts.average.is_exported else {}
         return {name: learned.get(name, value) for name, value in parts.built.model.state_dict().items()}
 
     def evaluate(self) -> Evaluation:
         """Measure the held-out part, and continue the prompts, on all ranks."""
-        self.evaluation = self.parts.evaluator.measure(self.step, self._total)
+        with self.parts.average.in_place():
+            measured = self.parts.evaluator.measure(self.step, self._total)
+        self.evaluation = replace(measured, averaged=self.parts.average.is_measured)
         if self.trackers:
             self.trackers.evaluation(self.evaluation.values())
         return self.evaluation
@@ -124,7 +132,8 @@ class Loop:
             return
         self._tell_saved(parts.checkpointer.wait())
         replica = parts.built.replica
-        tensors = state.tensors(parts.built.model, replica, parts.sync, self._place)
+        average = parts.average.tensors
+        tensors = state.tensors(parts.built.model, replica, parts.sync, self._place, average=average)
         parts.checkpointer.save(self.step, state.owned(tensors, replica), self._values())
 
     def __enter__(self) -> Self:
@@ -149,32 +158,38 @@ class Loop:
     def _one_step(self) -> tuple[StepEvent, bool]:
         parts, built, step = self.parts, self.parts.built, self.step + 1
         start = time.perf_counter()
-        rows = parts.loader.batch(self.sequences_seen)
+        plan, rate = parts.batches.at(step), parts.rate
+        rows = parts.loader.batch(step, self.sequences_seen)
         batches = [built.split(parts.objective.batch(micro, seed=parts.config.seed, step=step)) for micro in rows]
-        factor = parts.schedule_config.factor(step, parts.config.train.steps)
+        factor = rate.factor(step, self.sequences_seen)
         built.replica.set_rate_factor(factor)
         loss_scale = built.replica.loss_scale
         scaled_by = loss_scale.value if loss_scale.is_dynamic else None
         try:
-            result = train_step(
-                built.replica, parts.sync, built.schedule, batches, step=step, stop=self.stop_request.asked
-            )
+            with rate.measuring():
+                result = train_step(
+                    built.replica, parts.sync, built.schedule, batches, step=step, stop=self.stop_request.asked
+                )
         except NonFiniteError as error:
             where = f"replica {self.coordinates.replica}, rank {self.coordinates.rank}"
             device_batches = [batch.to(parts.world.device.torch_device) for batch in batches]
             drawing = partial(built.drawing, step)
             raise locate(error, built.model, built.replica, parts.objective, device_batches, where, drawing) from None
+        ends_cycle = rate.ends_cycle(step, self.sequences_seen)
+        parts.average.stepped(step, ends_cycle=ends_cycle)
+        if parts.perturb.stepped(step, built.replica, ends_cycle=ends_cycle) and self.trackers:
+            self.trackers.event("perturb", f"weights shrunk and perturbed after step {step}", step=step)
         step_s = time.perf_counter() - start
         self.step = step
-        self.sequences_seen += parts.batch.sequences
-        self.tokens_seen += parts.batch.tokens
-        tokens_per_s = parts.batch.tokens / step_s
+        self.sequences_seen += plan.sequences
+        self.tokens_seen += plan.tokens
+        tokens_per_s = plan.tokens / step_s
         event = StepEvent(
             step=step,
             loss=result.loss,
             lr=parts.optimizer_config.lr * factor,
             gradient_norm=result.gradient_norm,
-            tokens=parts.batch.tokens,
+            tokens=plan.tokens,
             tokens_seen=self.tokens_seen,
             sequences_seen=self.sequences_seen,
             tokens_per_s=tokens_per_s,
@@ -197,6 +212,8 @@ class Loop:
             "sequences_seen": self.sequences_seen,
             "tokens_seen": self.tokens_seen,
             **({"loss_scale": loss_scale.state()} if loss_scale.is_dynamic else {}),
+            "rate": self.parts.rate.state(),
+            "average": self.parts.average.values(),
             **self._identity(),
             "config": self.parts.config.tree(),
         }
@@ -215,10 +232,19 @@ class Loop:
                         f"{key}={values.get(key)!r}, this config has {now!r}: that is another run. Restore the "
                         "config, or choose another train.output."
                     )
-            built = self.parts.built
-            state.restore(built.model, built.replica, self.parts.sync, self._place, checkpoint, self._layout)
+            built, average = self.parts.built, self.parts.average
+            state.restore(
+                built.model,
+                built.replica,
+                self.parts.sync,
+                self._place,
+                checkpoint,
+                self._layout,
+                average=average.restored(values.get("average")),
+            )
             if built.replica.loss_scale.is_dynamic and "loss_scale" in values:
                 built.replica.loss_scale.load(values["loss_scale"])
+        self.parts.rate.restore(values.get("rate"))
         self.step = values["step"]
         self.sequences_seen = values["sequences_seen"]
         self.tokens_seen = values["tokens_seen"]

@@ -19,6 +19,7 @@ from paceline.config import (
     TrainConfig,
 )
 from paceline.errors import ConfigError, PlanError
+from paceline.optim.ema import Ema
 from paceline.optim.linear import Linear
 from paceline.optim.sgd import SGD
 from paceline.plan.layout import AXES, Grid
@@ -118,9 +119,10 @@ class Case:
     def config(self, base: Config, *, steps: int, output: Path, resumed: bool = False) -> Config:
         """The run of this case, or the part of it after it was ``resumed``, as a user would write it.
 
-        All is such that a mistake shows: SGD hides no wrong scale, and its momentum goes through the checkpoints; the
-        rate changes from step to step; clipping is active; gradients travel in several buckets. Without a word of its
-        own a case takes two micro-batches a step, and one after it was resumed.
+        All is such that a mistake shows: SGD hides no wrong scale, and its momentum goes through the checkpoints, as
+        does an average of the weights, which is what is evaluated; the rate changes from step to step; clipping is
+        active; gradients travel in several buckets. Without a word of its own a case takes two micro-batches a step,
+        and one after it was resumed.
         """
         patterns = base.layout.tensor_patterns if self.layout.tensor > 1 else None
         return base.model_copy(
@@ -132,6 +134,8 @@ class Case:
                 ),
                 "optimizer": SGD(lr=RATE, momentum=MOMENTUM),
                 "schedule": Linear(warmup_steps=2),
+                "average": Ema(decay=0.5),
+                "perturb": None,
                 "sync": AllReduce(bucket_mib=BUCKET_MIB) if isinstance(base.sync, AllReduce) else base.sync,
                 "train": TrainConfig(steps=steps, output=str(output), clip_norm=CLIP_NORM, compile=self.compiled),
                 "checkpoint": CheckpointConfig(every=steps // 2),
