@@ -31,7 +31,7 @@ HEAD = """\
 
 How the learning rate moves over a run (`schedule`), and what may be kept of the weights beside those that are
 trained (`average`). This page is generated from the code, the curves by the schedules themselves: edit those, then
-run `make docs`. [Choosing](../guides/choosing.md) shows some of them at work.
+run `make docs`.
 
 The rate of a step is `optimizer.lr`, the peak, times a **factor** in (0, 1], times the scale of its batch. In the
 formulas s = 1, 2, ... is the step, n the steps of the run, w those of the warm-up, and t = (s - w) / (n - w) the
