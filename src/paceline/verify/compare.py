@@ -120,7 +120,7 @@ def compare(
         error, missing = _error(full, boxes.get(key, []), replica_of, replicas, floor)
         if missing:
             wrong.append(f"{what} of {name}: {missing} of {full.numel() * len(replicas)} values are on no rank")
-        kind = "end" if what.endswith(f" {len(reference_run['losses'])}") else what.partition(" ")[0]
+        kind = what if what in {"gradient", "parameter after 1"} else "later"  # roundings grow from update to update
         if kind not in worst or not error <= worst[kind].error:
             worst[kind] = Worst(name=name, error=error)
     first, *_, last = steps = _series("losses", reference_run, runs)
@@ -129,8 +129,8 @@ def compare(
         ("the first loss", first, bounds.loss),
         ("the gradient norm", _series("norms", reference_run, runs)[0], bounds.gradient),
         (f"the gradient of {worst['gradient'].name}", worst["gradient"].error, bounds.gradient),
-        (f"the parameter {worst['parameter'].name}", worst["parameter"].error, bounds.parameter),
-        (f"the parameter {worst['end'].name} in the end", worst["end"].error, bounds.loss_at_end),
+        (f"the parameter {worst['parameter after 1'].name}", worst["parameter after 1"].error, bounds.parameter),
+        (f"the parameter {worst['later'].name} after more updates", worst["later"].error, bounds.loss_at_end),
         (f"the loss of step {at + 1}", steps[at], bounds.loss_at_end),
         ("the held-out loss", max(_series("evaluations", reference_run, runs)), bounds.loss_at_end),
     ]
@@ -140,7 +140,7 @@ def compare(
     return Difference(
         loss=first,
         gradient=worst["gradient"],
-        parameter=worst["parameter"],
+        parameter=worst["parameter after 1"],
         loss_at_end=last,
         wrong=tuple(wrong),
     )
