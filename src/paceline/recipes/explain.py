@@ -178,7 +178,7 @@ def explain(config: Config) -> Plan:
             state_per_parameter=optimizer.state_per_parameter,
             sync_bytes=sync.state_bytes(shapes, value_bytes) // grid.ranks if config.replicas > 1 else 0,
             logit_rows=logit_rows,
-            copies=average.keeps + (schedule.measures == "change"),
+            copy_bytes=4 * average.keeps + precision.stored_bytes * (schedule.measures == "change"),
         ),
         wire_bytes=sync.wire_bytes(shapes, config.replicas, value_bytes) / grid.ranks,
         logit_rows=logit_rows,

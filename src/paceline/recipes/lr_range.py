@@ -211,12 +211,15 @@ class _RangeMain:
             suppress(NonFiniteError),  # on all ranks alike: the test is over
         ):
             for event in loop.steps():
-                smoothed = smoother.add(event.loss)
-                assert smoothed is not None
-                lowest = min(lowest, smoothed)
-                if coordinates.is_leader:
-                    line.send("point", point={"rate": event.lr, "loss": event.loss, "smoothed": smoothed})
-                if smoothed > TOO_HIGH * lowest or event.step == self.steps:
+                if not event.skipped:  # a step in which fp16 overflowed says nothing of the rate
+                    smoothed = smoother.add(event.loss)
+                    assert smoothed is not None
+                    lowest = min(lowest, smoothed)
+                    if coordinates.is_leader:
+                        line.send("point", point={"rate": event.lr, "loss": event.loss, "smoothed": smoothed})
+                    if smoothed > TOO_HIGH * lowest:
+                        break
+                if event.step == self.steps:
                     break
 
 

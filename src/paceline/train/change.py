@@ -51,4 +51,5 @@ def _squares(tensors: list[Tensor]) -> Tensor:
     """The squared norm of each tensor: fp64, on the CPU."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(tensors)).double().square().cpu()
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(tensors, 2, wide)).double().square().cpu()

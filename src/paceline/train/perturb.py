@@ -53,7 +53,8 @@ class Perturb:
             for block in state.blocks:  # what a rank holds besides is padding, and stays zero
                 window = tuple(slice(at, at + size) for at, size in zip(block.start, block.shape, strict=True))
                 own = block.of(state.tensor)
-                own.mul_(config.shrink).add_(fresh[shard.name][window].to(own), alpha=config.noise)
+                new = fresh[shard.name][window].to(own.device).mul(config.noise)
+                own.copy_(new.add_(own, alpha=config.shrink))  # 16 bits are rounded once
         replica.refresh()
         return True
 
