@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import config_reference
+import optimizer_table
 
 
 def leaves(item: Any) -> list[str]:
@@ -32,3 +33,7 @@ def test_links_of_top_pages_lead_somewhere(root: Path, page: str) -> None:
 def test_config_reference_is_what_the_classes_say() -> None:
     up_to_date = config_reference.PAGE.read_text() == config_reference.render()
     assert up_to_date, "run `make docs`"
+
+
+def test_optimizers_are_what_the_classes_say() -> None:
+    assert optimizer_table.PAGE.read_text() == optimizer_table.render(), "run `make docs`"

@@ -8,7 +8,7 @@ of a config are collected and raised once, each with its path and its value.
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
@@ -425,9 +425,13 @@ def _is_union_tag(part: Any) -> bool:
 def _fields_at(model: type[Options], location: list[Any]) -> list[str]:
     fields = model.model_fields
     for part in location:
-        annotation = fields[part].annotation if part in fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            fields = annotation.model_fields
-        elif isinstance(part, str):
-            fields = SourceConfig.model_fields
+        inner = _model_in(fields[part].annotation) if part in fields else None
+        fields = inner.model_fields if inner else fields
     return list(fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field is, or that stands in its list or among its members."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((inner for member in get_args(annotation) if (inner := _model_in(member))), None)

@@ -41,18 +41,18 @@ def rank_memory(
     zero: int,
     precision: Precision,
     recompute: str,
-    state_per_parameter: int,
+    optimizer_bytes: int,
     sync_bytes: int,
     logit_rows: int | None,
 ) -> RankMemory:
     """Memory of one rank of a replica, were all cuts even.
 
-    States are exact up to what does not divide, and to the one block at a time that ZeRO 3 gathers. Experts count as
-    chosen evenly. Activations: 34 bytes a token and unit of width in a block at 2 bytes a value, 2 with full recompute
-    (Korthikanti et al., arXiv 2205.05198, table 2), with selective recompute also the outputs of matrices and
-    attention, 10 times the width; the first of P stages keeps P micro-batches. Logits: their own dtype, and as much
-    again for the gradient; where the loss takes ``logit_rows`` at a time, these and their fp32 copy, and the gradient
-    of the head.
+    States are exact up to what does not divide, and to the one block at a time that ZeRO 3 gathers;
+    ``optimizer_bytes`` is what all ranks keep together. Experts count as chosen evenly. Activations: 34 bytes a token
+    and unit of width in a block at 2 bytes a value, 2 with full recompute (Korthikanti et al., arXiv 2205.05198, table
+    2), with selective recompute also the outputs of matrices and attention, 10 times the width; the first of P stages
+    keeps P micro-batches. Logits: their own dtype, and as much again for the gradient; where the loss takes
+    ``logit_rows`` at a time, these and their fp32 copy, and the gradient of the head.
     """
     value_bytes = precision.compute_bytes
     gradient_bytes = precision.gradient_bytes(batch.micro_batches)
@@ -74,7 +74,7 @@ def rank_memory(
         master_weights=precision.stored_bytes * model.parameters // states,
         compute_weights=value_bytes * computed,
         gradients=gradient_bytes * learned // cut if zero == 1 else gradient_bytes * model.trainable // states,
-        optimizer=4 * state_per_parameter * model.trainable // states,
+        optimizer=optimizer_bytes // states,
         sync=sync_bytes,
         activations_estimate=tokens * model.width * blocks * per_unit * value_bytes // 2 // grid.tensor,
         logits_estimate=logits // grid.tensor,

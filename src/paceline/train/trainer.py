@@ -17,6 +17,7 @@ from paceline.comm.ranks import Coordinates
 from paceline.config import strategy_name
 from paceline.errors import CheckpointError, NonFiniteError, TrainError
 from paceline.evaluate.held_out import Evaluation
+from paceline.optim.base import Averaging
 from paceline.sync.base import differing
 from paceline.track import Trackers
 from paceline.train import state
@@ -51,8 +52,8 @@ class Loop:
         self._check_same_run()
         if parts.checkpointer:
             # Weights and optimizer: the newest checkpoint stays while the next is written beside it.
-            floats = (1 + parts.optimizer_config.state_per_parameter) * parts.sizes.trainable
-            check_space(self._checkpoints, 2 * 4 * floats)
+            weights = 4 * parts.sizes.trainable * (2 if isinstance(parts.built.replica.optimizer, Averaging) else 1)
+            check_space(self._checkpoints, 2 * (weights + parts.optimizer_config.state_bytes(parts.shapes)))
 
     @property
     def coordinates(self) -> Coordinates:
@@ -107,12 +108,13 @@ class Loop:
         parts = self.parts
         if self.coordinates.ranks > 1:
             return SavedWeights(load(self._checkpoints, self.step))
-        learned = {shard.name: shard.parameter.detach() for shard in parts.built.replica.shards}
+        learned = {name: p.detach() for name, p in parts.built.replica.local.items()} | parts.built.replica.averages()
         return {name: learned.get(name, value) for name, value in parts.built.model.state_dict().items()}
 
     def evaluate(self) -> Evaluation:
         """Measure the held-out part, and continue the prompts, on all ranks."""
-        self.evaluation = self.parts.evaluator.measure(self.step, self._total)
+        with self.parts.built.replica.evaluating():
+            self.evaluation = self.parts.evaluator.measure(self.step, self._total)
         if self.trackers:
             self.trackers.evaluation(self.evaluation.values())
         return self.evaluation
