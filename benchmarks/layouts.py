@@ -39,6 +39,7 @@ from paceline.plan.batch import BatchPlan, plan_batch
 from paceline.plan.layout import check_offload
 from paceline.plan.stages import check_schedule
 from paceline.registry import SYNCS
+from paceline.sync.base import SyncContext
 from paceline.train.build import Built, Goal, build
 from paceline.train.step import train_step
 from paceline.verify.cases import Case, parse
@@ -138,7 +139,7 @@ def train(member: Member, case: Case, model: dict[str, Any], steps: int, warmup:
         except PlanError as error:
             return {"refused": str(error)}
         sync: Any = choose(SYNCS, "all_reduce")
-        scales = Scales(sync.build(world.link), built)
+        scales = Scales(sync.build(SyncContext(link=world.link, steps=warmup + steps)), built)
         scales.sync.start(built.replica)
         for step in range(warmup + steps):
             if step == warmup:
@@ -163,7 +164,7 @@ class Scales:
 
     def __init__(self, sync: Any, built: Built) -> None:
         self.sync, self._replica = sync, built.replica
-        self.begin, self.total = sync.begin, sync.total
+        self.begin, self.total, self.reduce = sync.begin, sync.total, sync.reduce
         self.state_bytes = 0
 
     def update(self, replica: Any) -> Finish:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.registry import SYNCS
 from paceline.schedule.accumulate import Accumulate
+from paceline.sync.base import SyncContext
 from paceline.train.replica import ModuleReplica
 from paceline.train.step import train_step
 from paceline.workers.pool import Member
@@ -83,18 +85,22 @@ def train(
     micro: int = 4,
     clip_norm: float | None = None,
     sync: dict[str, object] | None = None,
+    lr: float = 0.3,
+    momentum: float = 0.0,
     freeze: str | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, object]:
     """Train a tiny llama with plain SGD; returns losses, norms and the weights after the last step."""
     index, size, store = (member.index, member.size, member.store) if member else (0, 1, None)
     between = link.connect(store, index=index, size=size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True)
-    model = tiny_llama()
+    model = tiny_llama().to(dtype)
     if freeze:
         model.get_parameter(freeze).requires_grad_(False)
-    replica = ModuleReplica(Masters(model, dtype), SGD(lr=0.3), clip_norm, mesh=Mesh.alone())
-    strategy = choose(SYNCS, sync or {"name": "all_reduce", "bucket_mib": 0.002}).build(between)  # type: ignore[attr-defined]
+    replica = ModuleReplica(Masters(model, dtype), SGD(lr=lr, momentum=momentum), clip_norm, mesh=Mesh.alone())
+    options: Any = choose(SYNCS, sync or {"name": "all_reduce", "bucket_mib": 0.002})
+    strategy = options.build(SyncContext(link=between, steps=steps))
     strategy.start(replica)
+    started_bytes = between.sent_bytes
     goal = objective()
     schedule = Accumulate(model, goal, seed=0, device=CPU)
     losses, norms = [], []
@@ -106,7 +112,7 @@ def train(
         losses.append(result.loss)
         norms.append(result.gradient_norm)
     weights = {shard.name: shard.local.clone() for shard in replica.shards}
-    return {"losses": losses, "norms": norms, "weights": weights, "sent_bytes": between.sent_bytes}
+    return {"losses": losses, "norms": norms, "weights": weights, "sent_bytes": between.sent_bytes - started_bytes}
 
 
 def on_pool(member: Member, options: dict[str, object]) -> dict[str, object]:

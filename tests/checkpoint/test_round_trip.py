@@ -294,8 +294,8 @@ def test_a_part_of_the_state_by_prefix(save: Save) -> None:
         (tensor_state(torch.zeros(3, 2)), r"w was saved with shape \[2, 3\] and has \[3, 2\] here"),
         (tensor_state(torch.zeros(2, 3), Kind.REPLICATED), "w was saved as parameter and is replicated here"),
         (
-            tensor_state(torch.zeros(2, 3), Kind.PER_REPLICA, rule=Rule.MEAN, place=(0, 2)),
-            "w was saved as parameter and is per_replica here",
+            tensor_state(torch.zeros(2, 3), Kind.OPAQUE, place=(0, 2)),
+            "w was saved as parameter and is opaque here",
         ),
     ],
 )

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from paceline.checkpoint.manifest import Entry, Part
-from paceline.checkpoint.state import Block, TensorState, tied
+from paceline.checkpoint.state import TensorState, tied
+from paceline.comm.place import Block
 from paceline.errors import CheckpointError
 
 DTYPES = {

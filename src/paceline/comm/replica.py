@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
+from paceline.comm.place import Place
+
 Vote = Callable[[bool], bool]
 """Turns this replica's wish to step into the decision of all replicas that must decide alike."""
 
@@ -25,6 +27,8 @@ class Shard:
 
     name: str
     parameter: torch.nn.Parameter
+    place: Place | None = None
+    """The boxes of the full parameter that ``local`` holds; None for one that is held whole."""
 
     @property
     def local(self) -> torch.Tensor:
@@ -76,6 +80,11 @@ class Replica(Protocol):
     @property
     def shards(self) -> Sequence[Shard]:
         """Trainable parameters held by this rank, in an order that is the same in every replica."""
+        ...
+
+    @property
+    def rate(self) -> float:
+        """The optimizer's rate in this step."""
         ...
 
     def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:

@@ -6,12 +6,13 @@ rank's part, and says so by one ``Held``. Sharding over ``states`` (of experts t
 nothing is whole, and every rank of the axis computes its whole gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from paceline.comm.mesh import Axis
+from paceline.comm.place import Block, Place, place_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +70,33 @@ def take(full: torch.Tensor, dim: int, runs: Sequence[Run], size: int) -> torch.
     for run in runs:
         local.narrow(dim, run.inner, run.size).copy_(full.narrow(dim, run.start, run.size))
     return local
+
+
+def place_in_full(tensor: torch.Tensor, held: Held | None) -> Place:
+    """Where what a rank holds of a parameter, or of a tensor like it, lies in the full one."""
+    place = place_of(tensor)
+    if held is None:
+        return place
+    blocks = place.blocks
+    for cut in held.cuts:
+        blocks = tuple(_in_full(blocks, cut))
+    return Place(held.full_shape, blocks)
+
+
+def _in_full(blocks: tuple[Block, ...], cut: Cut) -> Iterator[Block]:
+    """Blocks of a tensor that is cut along a dimension, as blocks of the tensor before the cut; padding is in none."""
+    dim = cut.dim
+    for block in blocks:
+        for run in cut.runs:
+            first = max(block.start[dim], run.inner)
+            last = min(block.start[dim] + block.shape[dim], run.inner + run.size)
+            if first < last:
+                yield Block(
+                    _with(block.start, dim, run.start + first - run.inner),
+                    _with(block.shape, dim, last - first),
+                    _with(block.inner, dim, block.inner[dim] + first - block.start[dim]),
+                )
+
+
+def _with(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
+    return (*values[:dim], value, *values[dim + 1 :])

@@ -11,7 +11,7 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
     """The grid and the batch; ``PlanError`` for what does not go together, whatever the model."""
     layout = config.layout
     grid = Grid.of(layout)
-    data_parallel = config.replicas * grid.shard
+    data_parallel = config.all_replicas * grid.shard
     batch = plan_batch(_with_micro(config.batch, config, data_parallel), data_parallel)
     check_schedule(layout, batch, compiled=config.train.compile)
     cut = [axis for axis in ("tensor", "pipeline", "context", "expert") if getattr(layout, axis) > 1]
@@ -20,7 +20,7 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
             f"train.compile=true with layout.{cut[0]}={getattr(layout, cut[0])} is not built: blocks that exchange "
             "tensors are not compiled yet. Use train.compile=false, or shard and replicas"
         )
-    check_offload(layout, config.replicas)
+    check_offload(layout, config.all_replicas)
     if config.train.compile and layout.recompute == "selective":
         raise PlanError(
             "train.compile=true with layout.recompute=selective is not built: compiled blocks choose for themselves "

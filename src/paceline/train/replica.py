@@ -1,6 +1,7 @@
 """One rank's view of its replica: parameters that learn, their gradients, and how a step is finished."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from paceline.comm.mesh import Axis, Mesh
 from paceline.comm.replica import Finish, Shard, Vote
 from paceline.optim.base import OptimizerConfig
-from paceline.parallel.held import Held
+from paceline.parallel.held import Held, place_in_full
 from paceline.parallel.precision import OnGradient
 
 
@@ -48,10 +49,13 @@ class ModuleReplica:
         reports: bool = True,
         device: torch.device | None = None,
     ) -> None:
-        self.shards = [Shard(name, parameter) for name, parameter in states.parameters.items()]
         self.optimizer = optimizer.build(states.parameters)
         self.mesh = mesh
         self.held = held or {}
+        self.shards = [
+            Shard(name, parameter, place_in_full(parameter, self.held.get(name)))
+            for name, parameter in states.parameters.items()
+        ]
         self.elsewhere = elsewhere
         self._device = device or self.shards[0].local.device
         self._reports = reports and mesh.tensor.index == 0
@@ -100,6 +104,12 @@ class ModuleReplica:
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor
 
+    @property
+    def rate(self) -> float:
+        """The rate of the optimizer's first group in this step."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
     @torch.no_grad()
     def finish(self, vote: Vote) -> Finish:
         """Norm, clip, step if the vote says so, clear the gradients."""
@@ -113,6 +123,13 @@ class ModuleReplica:
             self._states.refresh()
         self.optimizer.zero_grad(set_to_none=True)
         return Finish(stepped=stepped, gradient_norm=float(norm))
+
+    @torch.no_grad()
+    def hold(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the parameters, by the names of the shards."""
+        for shard in self.shards:
+            shard.local.copy_(weights[shard.name])
+        self._states.refresh()
 
     def refresh(self) -> None:
         """Bring the computing copy up to date after the parameters were set from outside."""
@@ -137,6 +154,17 @@ class ModuleReplica:
         if self._listener is not None and name in self._untold:
             self._untold.remove(name)
             self._listener(self._by_name[name])
+
+
+@contextmanager
+def holding(replica: ModuleReplica, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The replica with other weights, by the names of its shards, and then with its own again."""
+    own = {shard.name: shard.local.clone() for shard in replica.shards}
+    try:
+        replica.hold(weights)
+        yield
+    finally:
+        replica.hold(own)
 
 
 def _by_axis(shards: Iterable[Shard], held: Mapping[str, Held]) -> list[tuple[Axis, list[Shard]]]:

@@ -6,36 +6,58 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from paceline.checkpoint import Block, Checkpoint, Kind, Rule, TensorState, tensor_state
-from paceline.parallel.held import Cut
-from paceline.sync.base import Sync
+from paceline.checkpoint import Checkpoint, Kind, Rule, TensorState, per_replica, tensor_state
+from paceline.parallel.held import place_in_full
+from paceline.sync.base import Sync, SyncState
 from paceline.train.replica import ModuleReplica
 
-Place = tuple[int, int]
+Variant = tuple[int, int]
+"""(index, count): which of how many different copies of the training state a replica holds. Syncs that keep replicas
+equal have one; one replica of each variant saves it."""
 
 
-def tensors(model: nn.Module, replica: ModuleReplica, sync: Sync, place: Place) -> dict[str, TensorState]:
+def tensors(model: nn.Module, replica: ModuleReplica, sync: Sync, variant: Variant) -> dict[str, TensorState]:
     """Masters, frozen parameters, buffers that are state, the optimizer's tensors and the sync's; a restore fills them.
 
-    ``place`` is (replica, replicas).
+    Where replicas differ, each has its own of what is learned and of what changes with it.
     """
     learned = {shard.name: shard.parameter for shard in replica.shards}
-    state = {f"model/{name}": part_of(learned.get(name, p), name, replica) for name, p in model.named_parameters()}
+    own = {f"model/{name}": part_of(parameter, name, replica) for name, parameter in learned.items()}
     for name, buffer in _persistent_buffers(model):
-        state[f"model/{name}"] = tensor_state(buffer, Kind.REPLICATED, holder=_stage_holder(replica))
+        own[f"model/{name}"] = tensor_state(buffer, Kind.REPLICATED, holder=_stage_holder(replica))
     for name, parameter in learned.items():
         for key, value in replica.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                state[f"optimizer/{name}/{key}"] = (
+                own[f"optimizer/{name}/{key}"] = (
                     part_of(value, name, replica)
                     if value.shape == parameter.shape
                     else tensor_state(value, Kind.REPLICATED, holder=_scalar_holder(name, replica))
                 )
-    for name, kept in sync.state().items():
-        kind, rule = Kind(kept.kind), Rule(kept.rule) if kept.rule else None
-        own = place if kind in {Kind.PER_REPLICA, Kind.OPAQUE} else None
-        state[f"sync/{name}"] = tensor_state(kept.tensor, kind, rule=rule, place=own)
-    return state
+    if variant[1] > 1:
+        own = {slot: per_replica(state, variant) for slot, state in own.items()}
+    frozen = {f"model/{name}": part_of(p, name, replica) for name, p in model.named_parameters() if name not in learned}
+    kept = {f"sync/{key}": _kept(state, replica, variant) for key, state in sync.state().items()}
+    return own | {slot: _shared(state, variant) for slot, state in frozen.items()} | kept
+
+
+def _kept(kept: SyncState, replica: ModuleReplica, variant: Variant) -> TensorState:
+    """A tensor of a sync: like a parameter, or the same on all ranks of the replica."""
+    if kept.like is None:
+        world = replica.mesh.world
+        state = tensor_state(kept.tensor, Kind.REPLICATED, holder=(world.index, world.size))
+    else:
+        parameter = next(shard.parameter for shard in replica.shards if shard.name == kept.like)
+        state = part_of(parameter, kept.like, replica)
+        state = replace(state, tensor=kept.tensor.view(state.tensor.shape))
+    if kept.rule is None:
+        return _shared(state, variant)
+    return replace(per_replica(state, variant), rule=Rule(kept.rule))
+
+
+def _shared(state: TensorState, variant: Variant) -> TensorState:
+    """What all that save hold alike: one of them writes it."""
+    (index, count), (inner, holders) = variant, state.holder
+    return replace(state, holder=(index * holders + inner, count * holders))
 
 
 def owned(tensors: Mapping[str, TensorState], replica: ModuleReplica) -> dict[str, TensorState]:
@@ -48,7 +70,7 @@ def restore(
     model: nn.Module,
     replica: ModuleReplica,
     sync: Sync,
-    place: Place,
+    variant: Variant,
     checkpoint: Checkpoint,
     layout: Mapping[str, int],
 ) -> None:
@@ -56,25 +78,26 @@ def restore(
 
     A new optimizer has no state to fill until its first step, so places are made for what the checkpoint holds.
     """
-    learned = {shard.name: shard.parameter for shard in replica.shards}
+    learned = {shard.name: shard for shard in replica.shards}
     replica.optimizer.state.clear()
     for slot in checkpoint.names:
         name, _, key = slot.removeprefix("optimizer/").rpartition("/")
         if slot.startswith("optimizer/") and name in learned:
-            entry = checkpoint.entry(slot)
-            device, dtype = learned[name].device, getattr(torch, entry.dtype)
-            like = learned[name] if entry.kind == Kind.PARAMETER else torch.empty(entry.shape, device=device)
-            empty = torch.zeros_like(like, dtype=dtype, requires_grad=False)
-            replica.optimizer.state.setdefault(learned[name], {})[key] = empty
+            entry, parameter = checkpoint.entry(slot), learned[name].parameter
+            shape = entry.shape[1:] if entry.kind is Kind.PER_REPLICA else entry.shape
+            is_like = shape == place_in_full(parameter, replica.held.get(name)).full_shape
+            like = parameter if is_like else torch.empty(shape, device=parameter.device)
+            empty = torch.zeros_like(like, dtype=getattr(torch, entry.dtype), requires_grad=False)
+            replica.optimizer.state.setdefault(parameter, {})[key] = empty
     elsewhere = {slot for slot in checkpoint.names if _parameter_of(slot) in replica.elsewhere}
-    checkpoint.restore(tensors(model, replica, sync, place), layout=layout, elsewhere=elsewhere)
+    checkpoint.restore(tensors(model, replica, sync, variant), layout=layout, elsewhere=elsewhere)
     replica.refresh()
 
 
 def _parameter_of(slot: str) -> str:
     """The parameter or buffer that an entry belongs to."""
     section, _, rest = slot.partition("/")
-    return rest.rpartition("/")[0] if section == "optimizer" else rest
+    return rest if section == "model" else rest.rpartition("/")[0]
 
 
 def part_of(tensor: Tensor, name: str, replica: ModuleReplica) -> TensorState:
@@ -82,30 +105,8 @@ def part_of(tensor: Tensor, name: str, replica: ModuleReplica) -> TensorState:
     held, tensor_axis = replica.held.get(name), replica.mesh.tensor
     if held is None:
         return tensor_state(tensor, holder=(tensor_axis.index, tensor_axis.size))
-    state = tensor_state(tensor)
-    blocks = state.blocks
-    for cut in held.cuts:
-        blocks = tuple(_in_full(blocks, cut))
-    return replace(state, full_shape=held.full_shape, blocks=blocks)
-
-
-def _in_full(blocks: tuple[Block, ...], cut: Cut) -> Iterator[Block]:
-    """Blocks of a tensor that is cut along a dimension, as blocks of the tensor before the cut; padding is in none."""
-    dim = cut.dim
-    for block in blocks:
-        for run in cut.runs:
-            first = max(block.start[dim], run.inner)
-            last = min(block.start[dim] + block.shape[dim], run.inner + run.size)
-            if first < last:
-                yield Block(
-                    _with(block.start, dim, run.start + first - run.inner),
-                    _with(block.shape, dim, last - first),
-                    _with(block.inner, dim, block.inner[dim] + first - block.start[dim]),
-                )
-
-
-def _with(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
-    return (*values[:dim], value, *values[dim + 1 :])
+    place = place_in_full(tensor, held)
+    return replace(tensor_state(tensor), full_shape=place.full_shape, blocks=place.blocks)
 
 
 def _stage_holder(replica: ModuleReplica) -> tuple[int, int]:

@@ -22,7 +22,7 @@ class StepResult:
     targets: int
     gradient_norm: float
     stop: bool
-    """Some rank was asked to stop: all stop after this step."""
+    """Some rank was asked to stop, and all of them have agreed to, after this step."""
 
 
 def train_step(
@@ -37,12 +37,13 @@ def train_step(
     loss_sum = schedule.run(batches, step=step, scale=1.0 / max(1, group_targets), expect=replica.expect)
     replica.end_backward()
     (own_loss,), stop = replica.total([loss_sum], stop=stop)
-    sums = sync.total(torch.tensor([own_loss, own_targets, float(stop)], dtype=torch.float64)).tolist()
-    total_loss, targets, stops = sums[0], int(sums[1]), sums[2]
+    sums, stop = sync.total(torch.tensor([own_loss, own_targets], dtype=torch.float64), stop)
+    total_loss, targets = sums.tolist()
     loss = total_loss / max(1, targets)
     if not math.isfinite(loss):
         raise NonFiniteError(f"loss is {loss} at step {step}")
+    sync.reduce(replica)
     finish = sync.update(replica)
     if not finish.stepped:
         raise NonFiniteError(f"the gradient norm is {finish.gradient_norm} at step {step} (the loss was {loss:.6g})")
-    return StepResult(loss=loss, targets=targets, gradient_norm=finish.gradient_norm, stop=stops > 0)
+    return StepResult(loss=loss, targets=int(targets), gradient_norm=finish.gradient_norm, stop=stop)

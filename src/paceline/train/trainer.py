@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +24,7 @@ from paceline.train.diagnose import locate
 from paceline.train.hooks import Hook, StepEvent
 from paceline.train.memory import used_bytes
 from paceline.train.policy import StopRequest, after
+from paceline.train.replica import holding
 from paceline.train.step import train_step
 
 
@@ -51,7 +52,7 @@ class Loop:
         if parts.checkpointer:
             # Weights and optimizer: the newest checkpoint stays while the next is written beside it.
             floats = (1 + parts.optimizer_config.state_per_parameter) * parts.sizes.trainable
-            check_space(self._checkpoints, 2 * 4 * floats)
+            check_space(self._checkpoints, 2 * 4 * floats * parts.variant[1])
 
     @property
     def coordinates(self) -> Coordinates:
@@ -91,28 +92,38 @@ class Loop:
             self.trackers.event("checkpoint", text, step=saved.step)  # type: ignore[union-attr]
 
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """The model's state as transformers names it, whole and in fp32; of ranks that share it, from the last save."""
+        """The model's state as transformers names it, whole and in fp32; of ranks that share it, from the last save.
+
+        Raises ``TrainError`` after a step in which replicas do not agree on one.
+        """
         parts = self.parts
+        if not parts.sync.is_agreed(self.step):
+            raise TrainError(
+                f"after step {self.step} replicas hold different weights. Take them after the last step of the run, or "
+                "after a multiple of the steps between their exchanges"
+            )
         if self.coordinates.ranks > 1:
             return SavedWeights(load(self._checkpoints, self.step))
         learned = {shard.name: shard.parameter.detach() for shard in parts.built.replica.shards}
         return {name: learned.get(name, value) for name, value in parts.built.model.state_dict().items()}
 
     def evaluate(self) -> Evaluation:
-        """Measure the held-out part, and continue the prompts, on all ranks."""
-        self.evaluation = self.parts.evaluator.measure(self.step, self._total)
+        """Measure the held-out part, and continue the prompts, with weights that stand for all replicas; on all ranks."""
+        sync, replica = self.parts.sync, self.parts.built.replica
+        with nullcontext() if sync.is_agreed(self.step) else holding(replica, sync.agreed(replica)):
+            self.evaluation = self.parts.evaluator.measure(self.step, self._total)
         if self.trackers:
             self.trackers.evaluation(self.evaluation.values())
         return self.evaluation
 
     def save(self) -> None:
-        """Write a checkpoint of this step in the background; the replicas hold the same, so one writes."""
+        """Write a checkpoint of this step in the background; of replicas that hold the same, one writes."""
         parts = self.parts
         if parts.checkpointer is None:
             return
         self._tell_saved(parts.checkpointer.wait())
         replica = parts.built.replica
-        tensors = state.tensors(parts.built.model, replica, parts.sync, self._place)
+        tensors = state.tensors(parts.built.model, replica, parts.sync, parts.variant)
         parts.checkpointer.save(self.step, state.owned(tensors, replica), self._values())
 
     def __enter__(self) -> Self:
@@ -197,7 +208,7 @@ class Loop:
                         "config, or choose another train.output."
                     )
             built = self.parts.built
-            state.restore(built.model, built.replica, self.parts.sync, self._place, checkpoint, self._layout)
+            state.restore(built.model, built.replica, self.parts.sync, self.parts.variant, checkpoint, self._layout)
         self.step = values["step"]
         self.sequences_seen = values["sequences_seen"]
         self.tokens_seen = values["tokens_seen"]
@@ -218,16 +229,13 @@ class Loop:
     def _total(self, values: tuple[float, ...]) -> list[float]:
         """Over all ranks of all replicas."""
         own, _ = self.parts.built.replica.total(values)
-        total: list[float] = self.parts.sync.total(torch.tensor(own, dtype=torch.float64)).tolist()
-        return total
+        total = torch.tensor(own, dtype=torch.float64, device=self.parts.world.device.torch_device)
+        self.parts.world.link.all_reduce(total).wait()
+        return total.tolist()
 
     @property
     def _checkpoints(self) -> Path:
         return Path(self.parts.config.train.output) / "checkpoints"
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        return self.coordinates.replica, self.coordinates.replicas
 
     @property
     def _layout(self) -> dict[str, int]:

@@ -41,7 +41,7 @@ def probe(member: Member, halves: list[Half], subject: Subject, dtype: str, fold
     config, _ = halves[0]
     coordinates = Coordinates.of(
         member.index,
-        replicas=config.replicas,
+        replicas=config.all_replicas,
         ranks=Grid.of(config.layout).ranks,
         local_rank=member.index,
         local_ranks=member.size,
@@ -53,7 +53,17 @@ def probe(member: Member, halves: list[Half], subject: Subject, dtype: str, fold
     told = _Told(getattr(torch, dtype))
     with ExitStack() as stack:
         grid = Grid.of(config.layout)
-        world = stack.enter_context(enter(coordinates, device, store, grid, timeout_s=60.0, loopback=True))
+        world = stack.enter_context(
+            enter(
+                coordinates,
+                device,
+                store,
+                grid,
+                timeout_s=60.0,
+                loopback=True,
+                group_sizes=config.group_sizes,
+            )
+        )
         if dtype == "float64":
             stack.enter_context(in_double())
         elif member.size == 1:

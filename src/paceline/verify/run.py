@@ -101,7 +101,7 @@ def verify(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-    own = Case(layout=config.layout, replicas=config.replicas)
+    own = Case(layout=config.layout, replicas=config.all_replicas)
     if layouts is None and own == Case(layout=LayoutConfig()):
         layouts = "all"
     cases = [own] if layouts is None else parse(layouts)
