@@ -1,19 +1,21 @@
 """Whole runs of the product's own loop on the pool, for comparing syncs with each other under a layout."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paceline.checkpoint import Kind
 from paceline.comm.device import claim
 from paceline.comm.ranks import Coordinates
-from paceline.comm.world import enter
+from paceline.comm.world import World, enter
 from paceline.config import Config
 from paceline.plan.layout import Grid
-from paceline.train.assemble import put_together
-from paceline.train.state import part_of
+from paceline.train.assemble import Parts, put_together
+from paceline.train.state import tensors
 from paceline.train.trainer import Loop
 from paceline.verify.double import in_double
 from paceline.verify.subject import Subject
@@ -30,7 +32,8 @@ LLAMA = {
     "tie_word_embeddings": True,
 }
 
-Boxes = dict[str, list[tuple[tuple[int, ...], Tensor]]]
+Boxes = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]]
+"""By name: the full shape, and start and values of each box."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +42,20 @@ class Ran:
 
     losses: list[list[float]]
     """By replica and step."""
-    weights: list[dict[str, Tensor]]
-    """By replica: full tensors."""
+    states: list[dict[str, Tensor]]
+    """By replica: all that a checkpoint would hold, as full tensors."""
     sent_bytes: list[int]
     """Of the steps, by rank."""
-    evaluations: list[float]
-    saved: list[list[str]]
-    """By rank: the names in the newest checkpoint."""
+    evaluations: list[float | None]
+    """The newest held-out loss, as each rank has it."""
+
+    @property
+    def weights(self) -> list[dict[str, Tensor]]:
+        """By replica: the model's part of the states."""
+        return [
+            {slot.removeprefix("model/"): t for slot, t in full.items() if slot.startswith("model/")}
+            for full in self.states
+        ]
 
 
 def config(
@@ -76,81 +86,96 @@ def ranks(run: Config) -> int:
 
 def on_ranks(member: Member, runs: Sequence[tuple[Config, int]]) -> list[dict[str, Any]]:
     """One rank of some runs of one layout, each from its newest checkpoint up to a step."""
-    first, _ = runs[0]
-    grid = Grid.of(first.layout)
-    place = Coordinates.of(
-        member.index,
-        replicas=first.all_replicas,
-        ranks=grid.ranks,
-        local_rank=member.index,
-        local_ranks=member.size,
-    )
-    store = member.store if member.size > 1 else None
-    with (
-        enter(place, claim(place), store, grid, timeout_s=30.0, loopback=True, group_sizes=first.group_sizes) as world,
-        in_double(),
-    ):
+    with world_of(member, runs[0][0]) as world:
         return [_run(run, until, world) for run, until in runs]
 
 
-def _run(run: Config, until: int, world: Any) -> dict[str, Any]:
-    subject = Subject.of(run, full=True)
-    parts = put_together(run, world, subject.material(torch.float64), dtype=torch.float64, peak_flops_per_s=1.0)
+@contextmanager
+def world_of(member: Member, run: Config) -> Iterator[World]:
+    """Join as one rank of a run, in fp64 throughout."""
+    grid = Grid.of(run.layout)
+    place = Coordinates.of(
+        member.index, replicas=run.all_replicas, ranks=grid.ranks, local_rank=member.index, local_ranks=member.size
+    )
+    store = member.store if member.size > 1 else None
+    with (
+        enter(place, claim(place), store, grid, timeout_s=30.0, loopback=True, group_sizes=run.group_sizes) as world,
+        in_double(),
+    ):
+        yield world
+
+
+def loop_of(run: Config, world: World) -> Loop:
+    """The loop of a run whose rows are made up."""
+    material = Subject.of(run, full=True).material(torch.float64)
+    return Loop(put_together(run, world, material, dtype=torch.float64, peak_flops_per_s=1.0))
+
+
+def _run(run: Config, until: int, world: World) -> dict[str, Any]:
     losses = []
-    with Loop(parts) as loop:
-        before = world.link.sent_bytes + sum(link.sent_bytes for link in world.links if link is not world.link)
-        for event in loop.steps():
+    with loop_of(run, world) as loop:
+        before, first = _sent_bytes(world), loop.step
+        for event in loop.steps() if until > first else ():
             losses.append(event.loss)
             if event.step == until:
                 break
-        after = world.link.sent_bytes + sum(link.sent_bytes for link in world.links if link is not world.link)
-        if until < run.train.steps:
+        sent_bytes = _sent_bytes(world) - before
+        if first < until < run.train.steps:
             loop.save()
         loop.finish_saving()
-        evaluation = loop.evaluation.loss if loop.evaluation else None
-    boxes: Boxes = {}
-    for shard in parts.built.replica.shards:
-        state = part_of(shard.parameter.detach(), shard.name, parts.built.replica)
-        boxes[shard.name] = [(block.start, block.of(state.tensor).clone()) for block in state.blocks]
     return {
         "replica": world.coordinates.replica,
         "losses": losses,
-        "boxes": boxes,
-        "shapes": {shard.name: tuple(shard.local.shape) for shard in parts.built.replica.shards},
-        "sent_bytes": after - before,
-        "evaluation": evaluation,
+        "boxes": _boxes(loop.parts),
+        "sent_bytes": sent_bytes,
+        "evaluation": loop.evaluation.loss if loop.evaluation else None,
     }
 
 
+def _sent_bytes(world: World) -> int:
+    """Over the links of all levels."""
+    return sum(link.sent_bytes for link in {id(link): link for link in (world.link, *world.links)}.values())
+
+
+def _boxes(parts: Parts) -> Boxes:
+    """All that a checkpoint would hold of this rank, each replica's by itself."""
+    boxes: Boxes = {}
+    for slot, state in tensors(parts.built.model, parts.built.replica, parts.sync, parts.variant).items():
+        axis = int(state.kind is Kind.PER_REPLICA)
+        own = [(block.start[axis:], block.of(state.tensor).clone().view(block.shape[axis:])) for block in state.blocks]
+        boxes[slot] = state.full_shape[axis:], own
+    return boxes
+
+
 def run_all(pool: Pool, runs: Sequence[Config], *, until: int | None = None) -> list[Ran]:
-    """Runs of one layout and one number of replicas, one after the other in the same processes."""
-    given = [(run, until or run.train.steps) for run in runs]
+    """Runs of one layout and one number of replicas, one after the other in the same processes, up to a step."""
+    given = [(run, run.train.steps if until is None else until) for run in runs]
     by_rank = pool.run(on_ranks, ranks(runs[0]), given, timeout_s=120.0)
     return [_joined([told[i] for told in by_rank], run) for i, run in enumerate(runs)]
 
 
 def _joined(told: Sequence[dict[str, Any]], run: Config) -> Ran:
-    shapes = {name: p.shape for name, p in Subject.of(run, full=True).source.meta().named_parameters()}
-    weights, losses = [], []
+    states, losses = [], []
     for replica in range(run.all_replicas):
         own = [rank for rank in told if rank["replica"] == replica]
-        full = {name: torch.full(shape, float("nan"), dtype=torch.float64) for name, shape in shapes.items()}
+        full: dict[str, Tensor] = {}
         for rank in own:
-            for name, boxes in rank["boxes"].items():
+            for slot, (shape, boxes) in rank["boxes"].items():
                 for start, box in boxes:
-                    full[name][tuple(slice(a, a + n) for a, n in zip(start, box.shape, strict=True))] = box
-        assert all(tensor.isfinite().all() for tensor in full.values())
-        weights.append(full)
+                    whole = full.setdefault(slot, torch.full(shape, 12345, dtype=box.dtype))
+                    whole[tuple(slice(a, a + n) for a, n in zip(start, box.shape, strict=True))] = box
+        assert not any((tensor == 12345).any() for tensor in full.values())
+        states.append(full)
         losses.append(own[0]["losses"])
     return Ran(
         losses=losses,
-        weights=weights,
+        states=states,
         sent_bytes=[rank["sent_bytes"] for rank in told],
         evaluations=[rank["evaluation"] for rank in told],
-        saved=[],
     )
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """The greatest difference of a tensor, relative to its norm."""
-    return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).norm() / (one[name].norm() or 1.0)) for name in one)
