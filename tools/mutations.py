@@ -177,7 +177,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a tensor larger than a bucket is never sent",
-        "sync/all_reduce.py",
+        "sync/buckets.py",
         "        buckets[-1].append(index)\n",
         "        if numels[index] <= most:\n            buckets[-1].append(index)\n",
         "replicas=2",
@@ -199,8 +199,8 @@ MUTATIONS = (
     Mutation(
         "shard ranks learn from the same rows",
         "comm/world.py",
-        "return self.coordinates.replica * self.mesh.shard.size + self.mesh.shard.index",
-        "return self.coordinates.replica * self.mesh.shard.size",
+        "return data_rank(self.coordinates.replica, self.group_sizes, self.mesh.shard.index)",
+        "return data_rank(self.coordinates.replica, self.group_sizes, 0)",
         "shard=2",
     ),
     Mutation(
@@ -502,7 +502,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the state of a cut parameter is saved as if the cut began at its first row",
-        "train/state.py",
+        "parallel/held.py",
         "_with(block.start, dim, run.start + first - run.inner),",
         "_with(block.start, dim, run.start),",
         "tensor=2; replicas=2,shard=2,tensor=2",
