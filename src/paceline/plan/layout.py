@@ -83,9 +83,9 @@ class Grid:
 def data_rank(replica: int, group_sizes: Sequence[int], shard: int) -> int:
     """The place of a ``shard`` rank of a replica among the ranks that learn from different rows.
 
-    Rows are dealt out to these places one by one. What a group of replicas that agrees in every step learns from, is
-    then what one replica in its place would learn from, and how a replica is cut does not change its rows: the outermost
-    level of ``group_sizes`` (innermost first) counts fastest, and ``shard`` slowest.
+    Rows are dealt out to these places one by one. The outermost level of ``group_sizes`` (innermost first) counts
+    fastest, and ``shard`` slowest: so a group of replicas learns from the rows that one in its place would have, and
+    how a replica is cut does not change its rows.
     """
     place = 0
     for size in group_sizes:

@@ -122,7 +122,9 @@ class Plan:
         share = len(range(first, batch.sequences, batch.data_parallel))
         cuts = [f"{axis} {at + 1} of {size}" for axis, at, size in self.grid.cuts(inside)]
         part = ", ".join(cuts) or "the whole model"
-        writes = "; writes metrics, checkpoints and the export" if rank == 0 else ""
+        differs = not all(sync.keeps_equal for sync in self.config.syncs)  # type: ignore[attr-defined]
+        own = "; writes its replica's part of a checkpoint" if differs else ""
+        writes = "; writes metrics, checkpoints and the export" if rank == 0 else own
         return f"replica {replica}, {part}, {share} of {batch.sequences} sequences{writes}"
 
 

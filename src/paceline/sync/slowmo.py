@@ -4,8 +4,8 @@
     theta <- theta - alpha gamma u
 
 gamma is the rate of the optimizer: here the mean of its rates since the last exchange, so that a schedule within that
-time is taken as a whole. theta - alpha (theta - mean) is computed as an interpolation, so that with alpha = 1 and beta = 0
-it is local SGD, bit for bit.
+time is taken as a whole. theta - alpha (theta - mean) is computed as an interpolation, so that with alpha = 1 and
+beta = 0 it is local SGD, bit for bit.
 """
 
 from collections.abc import Mapping

@@ -108,7 +108,7 @@ class Loop:
         return {name: learned.get(name, value) for name, value in parts.built.model.state_dict().items()}
 
     def evaluate(self) -> Evaluation:
-        """Measure the held-out part, and continue the prompts, with weights that stand for all replicas; on all ranks."""
+        """Measure the held-out part, and continue the prompts, by weights that stand for all replicas; on all ranks."""
         sync, replica = self.parts.sync, self.parts.built.replica
         with nullcontext() if sync.is_agreed(self.step) else holding(replica, sync.agreed(replica)):
             self.evaluation = self.parts.evaluator.measure(self.step, self._total)

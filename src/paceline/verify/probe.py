@@ -128,18 +128,22 @@ class _Told:
 
     def at_begin(self) -> None:
         """A step begins."""
-        self._sent_bytes -= self._sent_so_far()
+        self._sent_bytes -= self._sent_inside() + self._sent_between()
         self._routing.is_on = not self.losses
 
     def at_finish(self) -> None:
         """Gradients are as they are before clipping; one that is missing is told as such."""
-        self._sent_bytes += self._sent_so_far()
+        self._sent_bytes += self._sent_inside()
         if not self.losses:
             self._routing.is_on = False
             self._routes = self._routing.routes if self._world.mesh.tensor.index == 0 else {}
             for shard in self._replica.shards:
                 if shard.gradient is not None:
                     self._keep("gradient", shard.name, shard.parameter.grad)
+
+    def at_end(self) -> None:
+        """The step has ended, and replicas have exchanged what they exchange after it."""
+        self._sent_bytes += self._sent_between()
 
     def parameters(self, step: int) -> None:
         """Keep the parameters after a step."""
@@ -163,8 +167,11 @@ class _Told:
             "tokens_per_s": self.tokens / self.seconds,
         }
 
-    def _sent_so_far(self) -> int:
-        return sum(self._world.mesh.tally.bytes.values()) + self._world.link.sent_bytes
+    def _sent_inside(self) -> int:
+        return sum(self._world.mesh.tally.bytes.values())
+
+    def _sent_between(self) -> int:
+        return sum(link.sent_bytes for link in self._world.links)
 
     def _keep(self, what: str, name: str, tensor: Tensor | None) -> None:
         assert tensor is not None
@@ -193,6 +200,7 @@ class _Watching:
     def update(self, replica: Replica) -> Finish:
         """See ``Sync``."""
         finish: Finish = self._sync.update(_Watched(replica, self._told))
+        self._told.at_end()
         return finish
 
 

@@ -12,7 +12,7 @@ from paceline.config import Config, LayoutConfig
 from paceline.errors import ConfigError, PlanError, WorkerError
 from paceline.plan.run import plan_run
 from paceline.verify.cases import Case, parse
-from paceline.verify.compare import Boxes, Difference, bounds_of, compare, compare_saved, gradient_distance
+from paceline.verify.compare import Boxes, Difference, Reference, bounds_of, compare, compare_saved, gradient_distance
 from paceline.verify.probe import Half, probe
 from paceline.verify.routing import NEAR_TIE
 from paceline.verify.subject import Subject
@@ -130,23 +130,33 @@ def verify(
 class Trial:
     """A model that was trained in one process, to judge layouts by.
 
-    A layout trains the first half of the steps and saves; the second half is trained by a new start of it, from what
-    the layout before it saved at that step.
+    Where the sync lets replicas differ, it was trained by as many replicas as a layout has, of one process each. A
+    layout trains the first half of the steps and saves; the second half is trained by a new start of it, from what the
+    layout before it saved at that step.
     """
 
     def __init__(
-        self, config: Config, pool: Pool, *, dtype: str = "fp64", full: bool = False, steps: int = STEPS
+        self,
+        config: Config,
+        pool: Pool,
+        *,
+        dtype: str = "fp64",
+        full: bool = False,
+        steps: int = STEPS,
+        replicas: int = 1,
     ) -> None:
         self.subject = Subject.of(config, full=full)
         self._config, self._pool, self._dtype, self._full = config, pool, dtype, full
         self._temporary = tempfile.TemporaryDirectory(prefix="paceline-verify-")
         self._folder = Path(self._temporary.name)
-        self._steps, self._half = steps, steps // 2
-        (self._own_run,) = self._run(1, [(self._alone("one"), steps)])
-        self._own = Boxes(self._boxes).full()
+        self._steps, self._half, self._replicas = steps, steps // 2, replicas
+        runs = self._run(replicas, [(self._alone("one"), steps)])
+        self._own = [Reference(tensors=t, run=run) for t, run in zip(Boxes(self._boxes).full(), runs, strict=True)]
+        self._own_run = runs[0]
         self._saved = self._own_saved = self._kept(self._folder / "one", self._folder / "own")
         self._bounds = bounds_of(dtype, self._own_run["blocks"])
         self._exact: Trial | None = None
+        self._others: dict[int, Trial] = {}
         if dtype == "bf16":
             self._check_bound()
 
@@ -157,12 +167,26 @@ class Trial:
 
     def judge(self, case: Case) -> Row:
         """Train under a layout, and compare; in fp64 if rounding could change which experts are chosen."""
+        if case.replicas != self._replicas and not all(sync.keeps_equal for sync in self._config.syncs):  # type: ignore[attr-defined]
+            try:
+                plan_run(case.config(self._config, steps=self._steps, output=self._folder))
+            except PlanError as error:
+                return Row(layout=case.name, verdict="refused", reason=str(error))
+            return self._of_replicas(case.replicas).judge(case)
         if self._dtype == "fp64" or self._own_run["narrowest"] >= NEAR_TIE:
             return self._judge(case)
         if self._exact is None:
-            self._exact = Trial(self._config, self._pool, full=self._full, steps=self._steps)
+            self._exact = Trial(self._config, self._pool, full=self._full, steps=self._steps, replicas=self._replicas)
         row = self._exact._judge(case)
         return replace(row, reason="; ".join(filter(None, ("near ties in routing, so judged in fp64", row.reason))))
+
+    def _of_replicas(self, replicas: int) -> "Trial":
+        """The same trial by another number of replicas."""
+        if replicas not in self._others:
+            self._others[replicas] = Trial(
+                self._config, self._pool, dtype=self._dtype, full=self._full, steps=self._steps, replicas=replicas
+            )
+        return self._others[replicas]
 
     def _judge(self, case: Case) -> Row:
         first, second = self._folder / "first", self._folder / "second"
@@ -183,7 +207,7 @@ class Trial:
             return Row(layout=case.name, verdict="failed", reason=str(error).strip().splitlines()[-1])
         if refusals := [run["refused"] for run in runs if "refused" in run]:
             return Row(layout=case.name, verdict="refused", reason=refusals[0])
-        difference = compare(self._own, self._own_run, self._boxes, runs, self._bounds)
+        difference = compare(self._own, self._boxes, runs, self._bounds)
         wrong = (*difference.wrong, *compare_saved(self._own_saved, first / "checkpoints", self._half, self._bounds))
         if not wrong:
             self._saved = self._kept(first, self._folder / "saved")
@@ -202,22 +226,22 @@ class Trial:
 
     def __exit__(self, *_: object) -> None:
         self._temporary.cleanup()
-        if self._exact is not None:
-            self._exact.__exit__()
+        for other in (*self._others.values(), *([self._exact] if self._exact else [])):
+            other.__exit__()
 
     @property
     def _boxes(self) -> Path:
         return self._folder / "boxes"
 
     def _alone(self, name: str) -> Config:
-        return Case(layout=LayoutConfig(), accumulate=1).config(
+        return Case(layout=LayoutConfig(), replicas=self._replicas, accumulate=1).config(
             self._config, steps=self._steps, output=self._folder / name
         )
 
     def _check_bound(self) -> None:
         """Raise ``ConfigError`` if the bound would let a batch pass of which every fifth row is in disorder."""
-        self._run(1, [(self._alone("control"), 1)], replace(self.subject, shuffled=SHUFFLED))
-        distance = gradient_distance(self._own, Boxes(self._boxes).full())
+        self._run(self._replicas, [(self._alone("control"), 1)], replace(self.subject, shuffled=SHUFFLED))
+        distance = gradient_distance(self._own[0].tensors, Boxes(self._boxes).full()[0])
         if not distance > self._bounds.gradient:
             raise ConfigError(
                 f"dtype=bf16: with rows in disorder the gradients differ by {distance:.1e}, and roundings alone may "

@@ -1,7 +1,7 @@
 """What a reducer is: it adds up tensors of several replicas, each times the share of its replica, by some encoding.
 
 A reducer sees this rank's parts of the tensors and, in ``Shard.place``, which boxes of the full tensors they are. What
-it makes of a value must not depend on how a replica is cut: encodings work on single values or on blocks of full tensors.
+it makes of a value must not depend on how a replica is cut: it works on single values, or on blocks of full tensors.
 """
 
 from collections.abc import Mapping, Sequence
