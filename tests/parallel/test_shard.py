@@ -5,6 +5,7 @@ from meshes import replica
 from paceline.optim.sgd import SGD
 from paceline.parallel.shard import ShardedStates
 from paceline.plan.layout import Grid
+from paceline.train.clip import ClipNorm
 from paceline.train.replica import ModuleReplica
 from parity import tiny_llama
 
@@ -14,7 +15,7 @@ def learn(member, offload):
     model = tiny_llama()
     with replica(member, Grid(shard=member.size)) as mesh:
         states = ShardedStates(model, mesh, torch.float64, zero=3, offload=offload)
-        held = ModuleReplica(states, SGD(lr=0.1), 1.0, mesh=mesh, device=torch.device("cpu"))
+        held = ModuleReplica(states, SGD(lr=0.1), [ClipNorm(1.0)], mesh=mesh, device=torch.device("cpu"))
         groups = [
             g for m in model.modules() if isinstance(m, FSDPModule) for g in fully_shard.state(m)._fsdp_param_groups
         ]

@@ -34,6 +34,7 @@ from paceline.plan.batch import BatchPlan
 from paceline.plan.model import ModelSizes
 from paceline.plan.run import plan_run
 from paceline.sync.base import Sync
+from paceline.train.adjustments import adjustments
 from paceline.train.build import Built, Goal, build
 
 Say = Callable[[str], None]
@@ -170,7 +171,7 @@ def put_together(
         layout=config.layout,
         mesh=world.mesh,
         optimizer=config.optimizer,  # type: ignore[arg-type]
-        clip_norm=config.train.clip_norm,
+        adjust=partial(adjustments, config),
         dtype=dtype,
         device=device.torch_device,
         seed=config.seed,

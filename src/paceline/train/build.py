@@ -1,6 +1,6 @@
 """From a whole model to one rank's part of it, ready to learn: the passes of a layout, one after the other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -13,6 +13,7 @@ from paceline.errors import PlanError
 from paceline.objectives.base import Batch, Objective, ObjectiveContext, ObjectiveOptions
 from paceline.optim.base import OptimizerConfig
 from paceline.parallel.balance import balanced, check_routers
+from paceline.parallel.blocks import blocks
 from paceline.parallel.compiled import compile_blocks
 from paceline.parallel.context import cut_context
 from paceline.parallel.context_check import check_context
@@ -29,6 +30,7 @@ from paceline.schedule.accumulate import Accumulate
 from paceline.schedule.base import Schedule
 from paceline.schedule.pipeline import Pipelined
 from paceline.train.replica import ModuleReplica, States
+from paceline.train.update import Adjustment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ def build(
     layout: LayoutConfig,
     mesh: Mesh,
     optimizer: OptimizerConfig,
-    clip_norm: float | None,
+    adjust: Callable[[Sequence[str]], Sequence[Adjustment]] = lambda _: (),
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
@@ -72,6 +74,7 @@ def build(
 ) -> Built:
     """Cut ``model``, which is whole, on the CPU and holds its values, as a layout says; ``dtype``: it computes in it.
 
+    ``adjust`` makes what adjusts updates from the names of the whole model's blocks.
     All ranks of a replica call this together. Raises ``PlanError`` for what this model or these passes cannot do.
     """
     places = find_places(model, goal.sample)
@@ -83,7 +86,7 @@ def build(
             f"layout.{axis.name}={axis.size} cuts matrices that {type(optimizer).__name__} needs whole, which is not "
             "built. Use optimizer=adamw, or replicas and pipeline"
         )
-    whole = _state_names(model)
+    whole, numbered = _state_names(model), tuple(blocks(model))
     held: dict[str, Held] = {}
     stages = context = None
     objective = balanced(model, goal.objective, goal.sample, mesh, sequence=layout.sequence, compiled=compiled)
@@ -122,7 +125,7 @@ def build(
         replica=ModuleReplica(
             states,
             optimizer,
-            clip_norm,
+            adjust(numbered),
             mesh=mesh,
             held=held,
             elsewhere=whole - _state_names(model),

@@ -1,6 +1,7 @@
 """One rank's view of its replica: parameters that learn, their gradients, and how a step is finished."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from paceline.comm.replica import Finish, Shard, Vote
 from paceline.optim.base import OptimizerConfig
 from paceline.parallel.held import Held
 from paceline.parallel.precision import OnGradient
+from paceline.train.update import Adjustment, Update
 
 
 class States(Protocol):
@@ -40,7 +42,7 @@ class ModuleReplica:
         self,
         states: States,
         optimizer: OptimizerConfig,
-        clip_norm: float | None,
+        adjustments: Sequence[Adjustment] = (),
         *,
         mesh: Mesh,
         held: Mapping[str, Held] | None = None,
@@ -57,7 +59,10 @@ class ModuleReplica:
         self._reports = reports and mesh.tensor.index == 0
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._states = states
-        self._clip_norm = clip_norm
+        self._adjustments = adjustments
+        self._update = Update(self.shards, mesh, self.held, self._device)
+        for adjustment in adjustments:
+            adjustment.start(self._update)
         self._by_name = {shard.name: shard for shard in self.shards}
         self._summed = _by_axis(self.shards, self.held)
         self._late = {shard.name for _, shards in self._summed for shard in shards}
@@ -102,32 +107,28 @@ class ModuleReplica:
 
     @torch.no_grad()
     def finish(self, vote: Vote) -> Finish:
-        """Norm, clip, step if the vote says so, clear the gradients."""
-        norm = self._gradient_norm()
-        stepped = vote(torch.isfinite(norm).item() is True)
+        """Measure, and if the vote says so adjust and step; clear the gradients."""
+        rates = ((name, group["lr"]) for group in self.optimizer.param_groups for name in group["names"])
+        self._update.begin(dict(rates))
+        norm = self._update.norm()
+        stepped = vote(math.isfinite(norm))
         if stepped:
-            if self._clip_norm is not None and norm > self._clip_norm:
-                gradients = [gradient for shard in self.shards if (gradient := shard.gradient) is not None]
-                torch._foreach_mul_(gradients, self._clip_norm / float(norm))
+            for adjustment in self._adjustments:
+                adjustment.before(self._update)
             self.optimizer.step()
+            for adjustment in self._adjustments:
+                adjustment.after(self._update)
             self._states.refresh()
         self.optimizer.zero_grad(set_to_none=True)
-        return Finish(stepped=stepped, gradient_norm=float(norm))
+        return Finish(stepped=stepped, gradient_norm=norm)
+
+    def adjusted(self) -> dict[str, Tensor]:
+        """What adjustments keep between steps, by the names of parameters."""
+        return {name: kept for adjustment in self._adjustments for name, kept in adjustment.state().items()}
 
     def refresh(self) -> None:
         """Bring the computing copy up to date after the parameters were set from outside."""
         self._states.refresh()
-
-    def _gradient_norm(self) -> Tensor:
-        """L2 norm over the replica, each value counted by the one rank that owns it: fp64 scalar on the CPU."""
-        own = [g for shard in self.shards if self._owns(shard.name) and (g := shard.gradient) is not None]
-        norms = torch._foreach_norm(own) if own else [self.shards[0].local.new_zeros(())]
-        squares = torch.stack(norms).double().square().sum().to(self._device)
-        return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()
-
-    def _owns(self, name: str) -> bool:
-        held = self.held.get(name)
-        return self.mesh.tensor.index == 0 if held is None else held.is_owner
 
     def _gradient_added(self, name: str) -> None:
         if self._last and name not in self._late:

@@ -31,6 +31,8 @@ def tensors(model: nn.Module, replica: ModuleReplica, sync: Sync, place: Place) 
                     if value.shape == parameter.shape
                     else tensor_state(value, Kind.REPLICATED, holder=_scalar_holder(name, replica))
                 )
+    for name, kept_local in replica.adjusted().items():
+        state[f"adjustment/{name}"] = part_of(kept_local, name, replica)
     for name, kept in sync.state().items():
         kind, rule = Kind(kept.kind), Rule(kept.rule) if kept.rule else None
         own = place if kind in {Kind.PER_REPLICA, Kind.OPAQUE} else None

@@ -248,6 +248,7 @@ class Loop:
             "file_streams": self.parts.file_streams,
             "objective": strategy_name(config.objective),
             "optimizer": strategy_name(config.optimizer),
+            "a penalty on momentum": config.regularisation.momentum > 0 or None,
         }
 
 

@@ -86,6 +86,8 @@ SEQUENCE_TOKENS = 23
 RATE = 0.2
 MOMENTUM = 0.5
 CLIP_NORM = 1.0
+CLIP_BLOCK_NORM = 0.4
+CLIP_VALUE = 0.02
 BUCKET_MIB = 0.01
 
 _COUNT: TypeAdapter[int] = TypeAdapter(Count)
@@ -117,8 +119,9 @@ class Case:
         """The run of this case, or the part of it after it was ``resumed``, as a user would write it.
 
         All is such that a mistake shows: SGD hides no wrong scale, and its momentum goes through the checkpoints; the
-        rate changes from step to step; clipping is active; gradients travel in several buckets. Without a word of its
-        own a case takes two micro-batches a step, and one after it was resumed.
+        rate changes from step to step; clipping is active, also by value and by block where the config asks for that;
+        gradients travel in several buckets. Without a word of its own a case takes two micro-batches a step, and one
+        after it was resumed.
         """
         patterns = base.layout.tensor_patterns if self.layout.tensor > 1 else None
         return base.model_copy(
@@ -131,7 +134,13 @@ class Case:
                 "optimizer": SGD(lr=RATE, momentum=MOMENTUM),
                 "schedule": Linear(warmup_steps=2),
                 "sync": AllReduce(bucket_mib=BUCKET_MIB) if isinstance(base.sync, AllReduce) else base.sync,
-                "train": TrainConfig(steps=steps, output=str(output), clip_norm=CLIP_NORM),
+                "train": TrainConfig(
+                    steps=steps,
+                    output=str(output),
+                    clip_norm=CLIP_NORM,
+                    clip_block_norm=base.train.clip_block_norm and CLIP_BLOCK_NORM,
+                    clip_value=base.train.clip_value and CLIP_VALUE,
+                ),
                 "checkpoint": CheckpointConfig(every=steps // 2),
                 "evaluate": EvaluateConfig(every=steps // 2),
             }
