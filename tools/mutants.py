@@ -24,6 +24,7 @@ import yaml
 
 from layout_matrix import FAMILIES
 from mutations import MUTATIONS, Mutation
+from paceline.config import override
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference" / "mutants.md"
@@ -65,7 +66,8 @@ def try_one(mutation: Mutation) -> Outcome:
             )
         path.write_text(text.replace(mutation.old, mutation.new))
         config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(FAMILIES[mutation.family].config().tree()))
+        tree = override(FAMILIES[mutation.family].config().tree(), mutation.overrides)
+        config.write_text(yaml.safe_dump(tree))
         for layouts in (mutation.layouts, None):
             layout, how = verified(config, folder, layouts)
             if layout:

@@ -52,3 +52,25 @@ def test_they_are_at_work(pool, everything):
         tree[section][key] = None if "clip" in key or key == "max_norm" else 0.0
         with Trial(Config.parse(tree), pool, steps=STEPS) as without:
             assert without._own_run["losses"] != everything._own_run["losses"], key
+
+
+@pytest.fixture(scope="module")
+def softened(pool):
+    options = {"name": "next_token", "label_smoothing": 0.1, "z_loss": 0.01, "mixup": 0.4}
+    with Trial(config("llama", objective=options), pool, steps=STEPS) as trial:
+        yield trial
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "context=2", "pipeline=2,tensor=2"])
+def test_smoothing_z_loss_and_mixup(softened, layout):
+    (case,) = parse(layout)
+    row = softened.judge(case)
+    assert row.verdict == "equal", row.text()
+
+
+def test_smoothing_of_an_encoder_and_decoder(pool):
+    options = {"name": "seq2seq", "label_smoothing": 0.1, "z_loss": 0.01}
+    with Trial(config("t5", objective=options), pool, steps=2) as trial:
+        (case,) = parse("tensor=2")
+        row = trial.judge(case)
+        assert row.verdict == "equal", row.text()

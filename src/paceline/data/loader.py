@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from paceline.data.order import Order
+from paceline.data.partners import partners
 from paceline.data.rows import Row, Rows
 from paceline.errors import PlanError
 
@@ -23,7 +24,7 @@ class Loader:
     Slot b of a step is of rank b mod ``ranks``. Every rank gets the same number of micro-batches of the same number of
     rows: ``micro``, at most and by default a rank's share, rounded up. Missing rows are filled up with the rank's first
     row at weight 0.0; a filler is numbered like the slot it stands in, at or past the end of the step, so that sequence
-    numbers are unique within a step.
+    numbers are unique within a step. With ``partner_seed`` each row comes with another one of its step, of any rank.
 
     Raises ``PlanError`` where there are fewer sequences than ranks.
     """
@@ -37,6 +38,7 @@ class Loader:
         rank: int,
         ranks: int,
         micro: int | None = None,
+        partner_seed: int | None = None,
     ) -> None:
         assert 0 <= rank < ranks, (rank, ranks)
         if sequences < ranks:
@@ -44,7 +46,7 @@ class Loader:
                 f"batch.sequences={sequences} is fewer than the {ranks} data-parallel ranks, and every rank needs one. "
                 f"Use batch.sequences={ranks} or more, or fewer replicas"
             )
-        self._rows, self._order = rows, order
+        self._rows, self._order, self._partner_seed = rows, order, partner_seed
         self._sequences = sequences
         share = -(-sequences // ranks)
         self._micro = micro or share
@@ -93,12 +95,17 @@ class Loader:
     def _read(self, first: int) -> MicroBatches:
         samples = self._order.slots(first, self._sequences)
         sources, rows = self._order.draw(first, self._sequences)
+
+        def row_of(sample: int) -> Row:
+            return self._rows[int(sources[sample - first])].row(int(rows[sample - first]), sample)
+
+        others = None if self._partner_seed is None else partners(first, self._sequences, self._partner_seed)
         share: list[Row] = []
         for slot in self._slots.tolist():
             if slot < self._sequences:
                 sample = int(samples[slot])
-                source, row = int(sources[sample - first]), int(rows[sample - first])
-                share.append(self._rows[source].row(row, sample))
+                partner = None if others is None else row_of(int(others[sample - first])).tokens
+                share.append(replace(row_of(sample), partner=partner))
             else:
                 share.append(replace(share[0], sequence=first + slot, weight=0.0))
         return [share[begin : begin + self._micro] for begin in range(0, len(share), self._micro)]

@@ -27,6 +27,7 @@ from paceline.models.describe import describe
 from paceline.models.source import ModelSource
 from paceline.objectives.base import Objective, ObjectiveContext, ObjectiveOptions
 from paceline.objectives.isolation import check_isolation
+from paceline.objectives.mixup_check import check_mixup
 from paceline.optim.base import OptimizerConfig, ScheduleConfig
 from paceline.parallel.blocks import blocks
 from paceline.parallel.expert import find_experts
@@ -165,6 +166,8 @@ def put_together(
         check_isolation(model, options, context)
     first = [material.train[0].row(i % len(material.train[0]), i) for i in range(2)]
     sample = material.objective.batch(first, seed=config.seed, step=0)
+    if options.mixes_rows:
+        check_mixup(model, sample)
     built = build(
         model,
         Goal(objective=material.objective, options=options, context=context, sample=sample),
@@ -194,6 +197,7 @@ def put_together(
             rank=world.data_rank,
             ranks=world.data_ranks,
             micro=batch.micro,
+            partner_seed=config.seed if options.mixes_rows else None,
         ),
         optimizer_config=config.optimizer,  # type: ignore[arg-type]
         schedule_config=config.schedule,  # type: ignore[arg-type]
