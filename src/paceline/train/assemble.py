@@ -29,6 +29,7 @@ from paceline.objectives.base import Objective, ObjectiveContext, ObjectiveOptio
 from paceline.objectives.isolation import check_isolation
 from paceline.objectives.mixup_check import check_mixup
 from paceline.optim.base import OptimizerConfig, ScheduleConfig
+from paceline.parallel.batch_statistics import check_batch_statistics
 from paceline.parallel.blocks import blocks
 from paceline.parallel.expert import find_experts
 from paceline.plan.batch import BatchPlan
@@ -166,6 +167,7 @@ def put_together(
         check_isolation(model, options, context)
     first = [material.train[0].row(i % len(material.train[0]), i) for i in range(2)]
     sample = material.objective.batch(first, seed=config.seed, step=0)
+    check_batch_statistics(model, sample, config, batch)
     if options.mixes_rows:
         check_mixup(model, sample)
     built = build(
