@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -156,3 +158,14 @@ def test_a_head_that_is_more_than_a_linear_layer_is_left_alone(model):
     net.lm_head = Scaled(32, VOCABULARY)
     with deferring(net):
         assert type(logits_of(net, {"input_ids": torch.arange(6)[None]})) is torch.Tensor
+
+
+def test_in_fp16_gradients_ahead_of_the_backward_pass_have_the_scale_of_the_batch(model, batch):
+    """2^-30 is nothing in fp16, and neither is a gradient that has been multiplied by it."""
+
+    def gradient(scale):
+        net = model("llama").half()
+        token_loss(net, replace(batch("next_token"), scale=scale)).backward()
+        return net.lm_head.weight.grad
+
+    assert gradient(1.0).any() and not gradient(2.0**-30).any()

@@ -47,3 +47,20 @@ def test_what_was_measured_before_is_forgotten():
             for shard in replica.shards:
                 shard.local.mul_(factor)
         assert found.largest == pytest.approx(factor - 1, abs=1e-12)
+
+
+def test_norms_of_weights_in_bf16_are_not_rounded_to_it():
+    """With 8 bits for a norm a change of a hundredth would be known badly, and cut otherwise it would be another."""
+    model = small().float()
+    replica = ModuleReplica(Masters(model, torch.bfloat16, pure=True), SGD(), None, mesh=Mesh.alone(), rounding_seed=0)
+    found = Changes(replica, [shard.name for shard in replica.shards])
+    before = {shard.name: shard.local.double() for shard in replica.shards}
+    with found.measured():
+        for shard in replica.shards:
+            shard.local.mul_(1.01)
+    moved = [
+        float((shard.local.double() - before[shard.name]).norm() / before[shard.name].norm())
+        for shard in replica.shards
+        if before[shard.name].any()
+    ]
+    assert found.largest == pytest.approx(max(moved), rel=1e-6)

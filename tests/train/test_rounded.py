@@ -140,12 +140,25 @@ def test_every_optimizer_is_what_it_is_in_fp32_rounded(name, monkeypatch):
     assert changed.float().mean() > 0.8
 
 
-def test_rounding_follows_from_seed_and_step_alone():
-    options = AdamW(lr=1e-3)
-    one, again, other = alone(options), alone(options), alone(options, seed=1)
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    differing = torch.cat([(one[name] != other[name]).flatten() for name in one])
-    assert differing.float().mean() > 0.2
+def test_rounding_follows_from_seed_step_and_name():
+    def once(seed, step, prefix=""):
+        held = ModuleReplica(
+            Masters(Several(), BF16, pure=True), SGD(lr=1e-3), None, mesh=Mesh.alone(), rounding_seed=seed
+        )
+        held.optimizer._places = {prefix + name: place for name, place in held.optimizer._places.items()}
+        held.begin(step)
+        for shard in held.shards:
+            shard.set_gradient(gradient(shard.name, shard.local.shape, 1))
+        if prefix:
+            put = held.optimizer._round
+            held.optimizer._round = lambda name, *tensors: put(prefix + name, *tensors)
+        held.finish(lambda wish: wish)
+        return torch.cat([shard.local.flatten() for shard in held.shards])
+
+    one = once(0, 1)
+    assert torch.equal(one, once(0, 1))
+    for other in (once(1, 1), once(0, 2), once(0, 1, "other.")):
+        assert 0.1 < (one != other).float().mean() < 0.6
 
 
 def test_a_parameter_without_a_gradient_stays_and_has_no_state():

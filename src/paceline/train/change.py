@@ -48,7 +48,7 @@ class Changes:
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:
-    """The squared norm of each tensor: fp64, on the CPU."""
+    """The squared norm of each tensor, taken in fp32 at least: fp64, on the CPU."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
