@@ -60,11 +60,13 @@ layers: env
 docs-check: env
 	@$(BIN)/python tools/config_reference.py --check
 	@$(BIN)/python tools/schedules_reference.py --check
+	@$(BIN)/python tools/optimizer_table.py --check
 	@$(BIN)/zensical build --strict --clean
 
 docs: env ## the generated pages, and the documentation site in site/
 	@$(BIN)/python tools/config_reference.py
 	@$(BIN)/python tools/schedules_reference.py
+	@$(BIN)/python tools/optimizer_table.py
 	@$(BIN)/zensical build --strict --clean
 
 wheel: env ## sdist and wheel, in dist/

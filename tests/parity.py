@@ -14,6 +14,7 @@ from paceline.data.rows import Row
 from paceline.data.tokenizer import SpecialTokens
 from paceline.objectives.base import Objective, ObjectiveContext
 from paceline.objectives.next_token import NextToken
+from paceline.optim.base import OptimizerConfig
 from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.registry import SYNCS
@@ -85,14 +86,16 @@ def train(
     sync: dict[str, object] | None = None,
     freeze: str | None = None,
     dtype: torch.dtype = torch.float64,
+    optimizer: OptimizerConfig | None = None,
+    same_batch: bool = False,
 ) -> dict[str, object]:
-    """Train a tiny llama with plain SGD; returns losses, norms and the weights after the last step."""
+    """Train a tiny llama, by default with plain SGD; returns losses, norms and the weights after the last step."""
     index, size, store = (member.index, member.size, member.store) if member else (0, 1, None)
     between = link.connect(store, index=index, size=size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True)
     model = tiny_llama()
     if freeze:
         model.get_parameter(freeze).requires_grad_(False)
-    replica = ModuleReplica(Masters(model, dtype), SGD(lr=0.3), clip_norm, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, dtype), optimizer or SGD(lr=0.3), clip_norm, mesh=Mesh.alone())
     strategy = choose(SYNCS, sync or {"name": "all_reduce", "bucket_mib": 0.002}).build(between)  # type: ignore[attr-defined]
     strategy.start(replica)
     goal = objective()
@@ -100,7 +103,8 @@ def train(
     losses, norms = [], []
     for step in range(1, steps + 1):
         batches = [
-            goal.batch(micro_rows, seed=0, step=step) for micro_rows in share(step, sequences, index, size, micro)
+            goal.batch(micro_rows, seed=0, step=step)
+            for micro_rows in share(1 if same_batch else step, sequences, index, size, micro)
         ]
         result = train_step(replica, strategy, schedule, batches, step=step, stop=False)
         losses.append(result.loss)

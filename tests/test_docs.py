@@ -9,6 +9,7 @@ import yaml
 
 import config_reference
 import schedules_reference
+import optimizer_table
 
 
 def leaves(item: Any) -> list[str]:
@@ -47,3 +48,7 @@ def test_every_schedule_and_average_has_its_section_formula_and_curve() -> None:
         assert "```text\n" in section and f"schedules/{name}.svg" in section, name
     for name in ("ema", "swa"):
         assert "```text\naverage = " in text.partition(f"### `{name}`")[2].partition("\n### ")[0]
+
+
+def test_optimizers_are_what_the_classes_say() -> None:
+    assert optimizer_table.PAGE.read_text() == optimizer_table.render(), "run `make docs`"

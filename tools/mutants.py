@@ -66,7 +66,8 @@ def try_one(mutation: Mutation) -> Outcome:
             )
         path.write_text(text.replace(mutation.old, mutation.new))
         config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(FAMILIES[mutation.family].config().tree()))
+        tree = {**FAMILIES[mutation.family].config().tree(), "optimizer": yaml.safe_load(mutation.optimizer)}
+        config.write_text(yaml.safe_dump(tree))
         for layouts in (mutation.layouts, None):
             layout, how = verified(config, folder, mutation.family, layouts)
             if layout:
@@ -103,12 +104,14 @@ def page(outcomes: Sequence[Outcome]) -> str:
     """What was caught and how."""
     caught = sum(bool(outcome.caught_by) for outcome in outcomes)
     lines = [INTRODUCTION, f"{caught} of {len(outcomes)} are caught.", ""]
-    lines += ["| what is wrong | in | model | layout | verify says |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| what is wrong | in | model, optimizer | layout | verify says |", "| --- | --- | --- | --- | --- |"]
     for outcome in outcomes:
         mutation = outcome.mutation
         found = f"`{outcome.caught_by}`" if outcome.caught_by else "**none**"
         how = outcome.how.partition(";")[0].replace("|", "\\|") or "survives"
-        lines.append(f"| {mutation.name} | `{mutation.path}` | {mutation.family} | {found} | {how} |")
+        lines.append(
+            f"| {mutation.name} | `{mutation.path}` | {mutation.family}, {mutation.optimizer} | {found} | {how} |"
+        )
     return "\n".join([*lines, ""])
 
 

@@ -20,6 +20,8 @@ class Mutation:
     """Those that should notice first; all are among the default ones."""
     family: str = "llama"
     """Of ``layout_matrix.FAMILIES``."""
+    optimizer: str = "adamw"
+    """Of the config, as YAML; verify judges its updates if it looks beyond single values."""
 
 
 MUTATIONS = (
@@ -40,7 +42,7 @@ MUTATIONS = (
     ),
     Mutation(
         "targets are not counted over shard and context ranks",
-        "train/step.py",
+        "train/again.py",
         "(own_targets,), _ = replica.total([sum(batch.count for batch in batches)])",
         "own_targets = replica.mesh.states.size * sum(batch.count for batch in batches)",
         "shard=2",
@@ -508,9 +510,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the state of a cut parameter is saved as if the cut began at its first row",
-        "train/place.py",
-        "_with(block.start, dim, run.start + first - run.inner),",
-        "_with(block.start, dim, run.start),",
+        "parallel/boxes.py",
+        "_with(own.start, dim, run.start + first - run.inner),",
+        "_with(own.start, dim, run.start),",
         "tensor=2; replicas=2,shard=2,tensor=2",
     ),
     Mutation(
@@ -527,5 +529,66 @@ MUTATIONS = (
         "local.narrow(dim, run.inner, run.size).copy_(full.narrow(dim, run.start, run.size))",
         "local.narrow(dim, run.inner, run.size).copy_(full.narrow(dim, max(0, run.start - 1), run.size))",
         "tensor=2",
+    ),
+    # Optimizers that look beyond single values
+    Mutation(
+        "each rank makes its own part of a matrix orthogonal",
+        "optim/matrices.py",
+        """        matrices = self.full.gather(parts, self.owner)
+        made = self.directions(matrices, {name: self.state[parameters[name]] for name in matrices})
+        made = {name: direction.to(matrices[name].dtype) for name, direction in made.items()}
+        for name, direction in self.full.scatter(made, parts, self.owner).items():""",
+        """        made = self.directions(parts, {name: self.state[parameters[name]] for name in parts})
+        for name, direction in made.items():""",
+        "shard=2; tensor=2",
+        optimizer="muon",
+    ),
+    Mutation(
+        "the matrices that ranks own come back to the wrong ones",
+        "parallel/full.py",
+        "for b in self._blocks[name][r]\n",
+        "for b in self._blocks[name][-1 - r]\n",
+        "shard=2",
+        optimizer="soap",
+    ),
+    Mutation(
+        "the norm of a tensor is that of a rank's values",
+        "optim/lamb.py",
+        "(squares,) = self._full.total([squares * counted.unsqueeze(1)])",
+        "squares = squares + 0 * counted.unsqueeze(1)",
+        "shard=2",
+        optimizer="lamb",
+    ),
+    Mutation(
+        "values that several ranks hold count several times in the size of a tensor",
+        "optim/adafactor.py",
+        "return torch.stack(torch._foreach_norm(tensors)).double().square_() * counted",
+        "return torch.stack(torch._foreach_norm(tensors)).double().square_() + 0 * counted",
+        "tensor=2",
+        optimizer="adafactor",
+    ),
+    Mutation(
+        "the means of columns are over a rank's rows",
+        "optim/adafactor.py",
+        "norms, *sums = self._full.total([norms, *sums])",
+        "(norms,) = self._full.total([norms])",
+        "shard=2",
+        optimizer="adafactor",
+    ),
+    Mutation(
+        "every rank takes the scale of a block from the columns it has",
+        "optim/adamw_8bit.py",
+        "ours.copy_(self._full.greatest(cut.name, ours))",
+        "ours.copy_(ours)",
+        "tensor=2",
+        optimizer="{name: adamw_8bit, small: 0}",
+    ),
+    Mutation(
+        "labels are drawn by the place of a row in its micro-batch",
+        "objectives/drawn.py",
+        "torch.tensor(sequences, device=device))",
+        "torch.arange(len(sequences), device=device))",
+        "replicas=2; accumulate=3",
+        optimizer="sophia",
     ),
 )

@@ -462,10 +462,13 @@ def _is_union_tag(part: Any) -> bool:
 def _fields_at(model: type[Options], location: list[Any]) -> list[str]:
     fields = model.model_fields
     for part in location:
-        annotation = fields[part].annotation if part in fields else None
-        kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
-        if sections := [kind for kind in kinds if issubclass(kind, BaseModel)]:
-            fields = sections[0].model_fields
-        elif isinstance(part, str):
-            fields = SourceConfig.model_fields
+        inner = _model_in(fields[part].annotation) if part in fields else None
+        fields = inner.model_fields if inner else fields
     return list(fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field is, or that stands in its list or among its members."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((inner for member in get_args(annotation) if (inner := _model_in(member))), None)

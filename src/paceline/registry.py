@@ -61,9 +61,22 @@ OBJECTIVES = Table(
 OPTIMIZERS = Table(
     "optimizer",
     {
+        "adabelief": "paceline.optim.adabelief:AdaBelief",
+        "adafactor": "paceline.optim.adafactor:Adafactor",
+        "adagrad": "paceline.optim.adagrad:Adagrad",
         "adamw": "paceline.optim.adamw:AdamW",
+        "adamw_8bit": "paceline.optim.adamw_8bit:AdamW8bit",
+        "ftrl": "paceline.optim.ftrl:FTRL",
+        "lamb": "paceline.optim.lamb:LAMB",
+        "lbfgs": "paceline.optim.lbfgs:LBFGS",
+        "lion": "paceline.optim.lion:Lion",
         "muon": "paceline.optim.muon:Muon",
+        "newton_cg": "paceline.optim.newton_cg:NewtonCG",
+        "schedule_free_adamw": "paceline.optim.schedule_free_adamw:ScheduleFreeAdamW",
         "sgd": "paceline.optim.sgd:SGD",
+        "shampoo": "paceline.optim.shampoo:Shampoo",
+        "soap": "paceline.optim.soap:SOAP",
+        "sophia": "paceline.optim.sophia:Sophia",
     },
 )
 

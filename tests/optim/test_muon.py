@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from paceline.optim.muon import Muon, is_block_matrix, orthogonal
+from optim.problem import build
+from paceline.optim.matrices import is_block_matrix
+from paceline.optim.muon import Muon, orthogonal
 
 
 def blocks(dtype=torch.float32):
@@ -20,17 +22,16 @@ def blocks(dtype=torch.float32):
 
 def test_which_parameters_are_muons():
     held = blocks()
-    own = {name for name, p in held.items() if is_block_matrix(name, p)}
+    own = {name for name, p in held.items() if is_block_matrix(name, p.shape)}
     assert own == {name for name in held if "wide" in name or "tall" in name or "experts" in name}
-    table = torch.zeros(4, 4)
-    assert not is_block_matrix("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", table)
+    assert not is_block_matrix("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (4, 4))
 
 
 def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adamw():
     ours, theirs = blocks(), blocks()
     options = Muon(lr=0.02, weight_decay=0.3)
-    optimizer = options.build(ours)
-    matrices = [p for n, p in theirs.items() if p.ndim == 2 and is_block_matrix(n, p)]
+    optimizer = build(options, ours)
+    matrices = [p for n, p in theirs.items() if p.ndim == 2 and is_block_matrix(n, p.shape)]
     reference = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(
         [
@@ -61,10 +62,10 @@ def test_each_expert_of_a_stack_is_a_matrix_of_its_own():
     alone = {f"model.layers.{i}.weight": nn.Parameter(stack.detach()[i].clone()) for i in range(3)}
     gradient = torch.randn(stack.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     stack.grad = gradient
-    Muon(lr=0.1).build({"model.layers.1.experts": stack}).step()
+    build(Muon(lr=0.1), {"model.layers.1.experts": stack}).step()
     for i, parameter in enumerate(alone.values()):
         parameter.grad = gradient[i].clone()
-    Muon(lr=0.1).build(alone).step()
+    build(Muon(lr=0.1), alone).step()
     for i, parameter in enumerate(alone.values()):
         torch.testing.assert_close(stack[i], parameter, rtol=1e-12, atol=1e-12)
 
@@ -80,7 +81,7 @@ def test_one_kind_of_parameter_alone_is_enough():
     held = blocks()
     for names in (["model.layers.1.norm.weight"], ["model.layers.0.wide.weight"]):
         part = {name: held[name] for name in names}
-        optimizer = Muon(lr=0.1).build(part)
+        optimizer = build(Muon(lr=0.1), part)
         before = part[names[0]].detach().clone()
         part[names[0]].grad = torch.ones_like(before)
         optimizer.step()

@@ -76,7 +76,7 @@ def memory(precision="bf16", grid=ONE, zero=3, recompute="none", logit_rows=None
         zero=zero,
         precision=PRECISIONS[precision],
         recompute=recompute,
-        state_per_parameter=2,
+        optimizer_bytes=8 * 1000,
         sync_bytes=0,
         logit_rows=logit_rows,
     )

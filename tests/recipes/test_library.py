@@ -63,6 +63,22 @@ def test_a_loop_left_early_continues_where_it_saved(config):
     assert got == expected
 
 
+def test_what_an_optimizer_averages_is_evaluated_and_given_away(config):
+    averaging = {**config, "optimizer": {"name": "schedule_free_adamw", "lr": 0.1}, "schedule": "constant"}
+    with paceline.Trainer(averaging, model=Bigram(300)) as trainer:
+        assert all(event.loss > 0 for event in trainer.steps())
+        loop, replica = trainer._loop, trainer._loop.parts.built.replica
+        measure = loop.parts.evaluator.measure
+        table = trainer.model.table.weight
+        raw, learned = measure(6, loop._total).loss, table.detach().float().clone()
+        with replica.evaluating():
+            averaged = measure(6, loop._total).loss
+        assert trainer.evaluate().loss == averaged != raw
+        assert torch.equal(table.detach().float(), learned), "and training goes on where it was"
+        given = loop.weights()["table.weight"]
+        assert torch.equal(given, replica.averages()["table.weight"]) and not torch.equal(given, learned)
+
+
 def test_an_error_in_the_users_loop_comes_out_and_is_recorded(config, tmp_path):
     def stumble(event: paceline.StepEvent) -> None:
         raise ValueError("of the user's own")

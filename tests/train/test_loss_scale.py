@@ -25,7 +25,6 @@ from paceline.schedule.accumulate import Accumulate
 from paceline.sync.all_reduce import AllReduce
 from paceline.train.build import Goal, build
 from paceline.train.loss_scale import MOST, LossScale
-from paceline.train.place import placed
 from paceline.train.step import train_step
 from parity import CPU, SEQUENCE_TOKENS, VOCABULARY, objective, rows, share, tiny_llama
 from tolerances import FP16_LOSS, FP64_EQUAL
@@ -134,7 +133,7 @@ def learn(member, layout, replicas, bad_rank=None, how="backward", precision="fp
         boxes = [
             (shard.name, block.start, block.of(shard.local).clone())
             for shard in held.shards
-            for block in placed(shard.parameter, held.held.get(shard.name), held.mesh).blocks
+            for block in held.full.part(shard.name).blocks
         ]
     return {
         "losses": [result.loss for result in seen],

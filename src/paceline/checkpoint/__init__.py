@@ -18,11 +18,10 @@ from paceline.checkpoint.folder import newest, steps
 from paceline.checkpoint.manifest import Json
 from paceline.checkpoint.reader import Checkpoint, SavedWeights, load
 from paceline.checkpoint.snapshot import needed_bytes
-from paceline.checkpoint.state import Block, Kind, Rule, TensorState, tensor_state
+from paceline.checkpoint.state import Kind, Rule, TensorState, tensor_state
 from paceline.checkpoint.writer import Checkpointer, Saved
 
 __all__ = [
-    "Block",
     "Checkpoint",
     "Checkpointer",
     "Exchange",

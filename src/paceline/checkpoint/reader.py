@@ -13,8 +13,9 @@ from torch import Tensor
 from paceline.checkpoint import disk, manifest
 from paceline.checkpoint.folder import step_name, steps
 from paceline.checkpoint.manifest import Entry, Json, Manifest, Part
-from paceline.checkpoint.state import Block, Kind, Rule, Shape, TensorState, tied
+from paceline.checkpoint.state import Kind, Rule, TensorState, tied
 from paceline.errors import CheckpointError
+from paceline.parallel.boxes import Block, Shape
 
 _MODEL, _AVERAGE = "model/", "average/"
 _Window: TypeAlias = tuple[slice, ...]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from paceline.checkpoint.manifest import Entry, Part
-from paceline.checkpoint.state import Block, TensorState, tied
+from paceline.checkpoint.state import TensorState, tied
 from paceline.errors import CheckpointError
+from paceline.parallel.boxes import Block
 
 DTYPES = {
     torch.float64: "F64",

@@ -10,19 +10,15 @@ Kinds, and what happens when a checkpoint is loaded under another layout or anot
     opaque        one tensor for each rank, kept with a leading axis of ranks: refused under any other layout
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor, Placement
 
-Shape: TypeAlias = tuple[int, ...]
+from paceline.parallel.boxes import Block, Shape, block, dtensor_blocks
 
 
 class Kind(StrEnum):
@@ -40,19 +36,6 @@ class Rule(StrEnum):
     MEAN = "mean"
     CLONE = "clone"
     FRESH = "fresh"
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A box: ``full[start : start + shape]`` is ``local[inner : inner + shape]``, in every dimension."""
-
-    start: Shape
-    shape: Shape
-    inner: Shape
-
-    def of(self, local: Tensor) -> Tensor:
-        """The box as a view of the local tensor."""
-        return local[tuple(slice(at, at + size) for at, size in zip(self.inner, self.shape, strict=True))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +79,15 @@ def tensor_state(
     assert (place is not None) == (kind in {Kind.PER_REPLICA, Kind.OPAQUE}), f"{kind} with place={place}"
     assert rule is not Rule.MEAN or tensor.is_floating_point(), f"no mean of {tensor.dtype}"
     local, whole = tensor.detach(), tuple(tensor.shape)
-    blocks: tuple[Block, ...] = (_block(tensor.shape),)
+    blocks: tuple[Block, ...] = (block(tensor.shape),)
     if isinstance(tensor, DTensor):
         assert full_shape is start is None, "a DTensor knows its own shape and start"
         local = tensor.to_local().detach()
-        blocks = _dtensor_blocks(whole, tensor.device_mesh, tensor.placements)
+        blocks = dtensor_blocks(whole, tensor.device_mesh, tensor.placements)
         holder = _holder(holder, tensor.device_mesh, tensor.placements)
     elif full_shape is not None:
         assert start is not None, "a block of a larger tensor needs its start"
-        whole, blocks = tuple(full_shape), (_block(tensor.shape, start),)
+        whole, blocks = tuple(full_shape), (block(tensor.shape, start),)
     assert kind is not Kind.REPLICATED or (len(blocks) == 1 and blocks[0].shape == whole), "replicated state is whole"
     if place is not None:
         index, count = place
@@ -122,46 +105,6 @@ def tied(tensors: Mapping[str, TensorState]) -> dict[str, str]:
         memory = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), blocks) if t.numel() else (name,)
         owners[name] = first.setdefault(memory, name)
     return owners
-
-
-def _block(shape: Sequence[int], start: Sequence[int] | None = None) -> Block:
-    zeros = (0,) * len(shape)
-    return Block(zeros if start is None else tuple(start), tuple(shape), zeros)
-
-
-def _dtensor_blocks(shape: Shape, mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Block, ...]:
-    runs = [_runs(size, dim, mesh, placements) for dim, size in enumerate(shape)]
-    blocks = []
-    for box in itertools.product(*runs):
-        start, sizes, inner = zip(*box, strict=True) if box else ((), (), ())
-        blocks.append(Block(start, sizes, inner))
-    return tuple(blocks)
-
-
-def _runs(size: int, dim: int, mesh: DeviceMesh, placements: Sequence[Placement]) -> list[tuple[int, int, int]]:
-    """(start in the full tensor, length, start in the local one) of each run of neighbours held along ``dim``.
-
-    A ``_StridedShard`` may hold several runs (fused projections), which torch's
-    ``compute_local_shape_and_global_offset`` does not show; so the indices themselves are cut as the tensor is.
-    ``src_data_rank=None`` does it without messages.
-    """
-    assert not any(p.is_partial() for p in placements), f"{placements} is not a value yet: reduce it first"
-    if not any(p.is_shard(dim) or _is_strided(p, dim) for p in placements):
-        return [(0, size, 0)]
-    alone = [_along_first(p, dim) for p in placements]
-    held = distribute_tensor(torch.arange(size), mesh, alone, src_data_rank=None).to_local().tolist()
-    breaks = [0, *(i for i in range(1, len(held)) if held[i] != held[i - 1] + 1), len(held)]
-    return [(held[a], b - a, a) for a, b in itertools.pairwise(breaks) if b > a]
-
-
-def _is_strided(placement: Placement, dim: int) -> bool:
-    return isinstance(placement, _StridedShard) and placement.dim == dim
-
-
-def _along_first(placement: Placement, dim: int) -> Placement:
-    if isinstance(placement, _StridedShard):
-        return _StridedShard(0, split_factor=placement.split_factor) if placement.dim == dim else Replicate()
-    return Shard(0) if placement.is_shard(dim) else Replicate()
 
 
 def _holder(outer: tuple[int, int], mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[int, int]:

@@ -2,9 +2,9 @@
 
 The ranks of a replica are the points of a grid: pipeline x shard x context x tensor, the last one fastest. An axis is
 the line of ranks through this one along which only one coordinate changes. Shard and context together are the axis
-``states``, which ``expert`` and ``expert_states`` see as a grid of their own, ``expert`` fastest. Every collective a
-layout pass starts is a method of an axis and is tallied there; FSDP2 and the pipeline schedules, which start their own,
-get the axis's group.
+``states``, which ``expert`` and ``expert_states`` see as a grid of their own, ``expert`` fastest; all but the pipeline
+together are the axis ``stage``. Every collective a layout pass starts is a method of an axis and is tallied there;
+FSDP2 and the pipeline schedules, which start their own, get the axis's group.
 """
 
 from collections import Counter
@@ -58,6 +58,13 @@ class Axis:
         if self.size > 1:
             self.tally.add("all_reduce", self.name, where, tensor.nbytes)
             dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def maximum(self, tensor: Tensor, *, where: str = "") -> Tensor:
+        """The greatest of each value over the axis, in place."""
+        if self.size > 1:
+            self.tally.add("all_reduce", self.name, where, tensor.nbytes)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def all_gather(self, tensor: Tensor, dim: int, *, where: str = "") -> Tensor:
@@ -149,6 +156,8 @@ class Mesh:
     states_mesh: DeviceMesh | None
     """For FSDP2; None where ``states`` is one rank."""
     tally: Tally
+    stage: Axis = field(default_factory=lambda: Axis(name="stage"))
+    """The ranks at one place of the pipeline, which together hold its parameters: shard, context and tensor."""
     expert: Axis = field(default_factory=lambda: Axis(name="expert"))
     """Neighbours on ``states`` that hold different experts, which all of them together hold once."""
     expert_states: Axis = field(default_factory=lambda: Axis(name="expert_states"))
@@ -160,7 +169,10 @@ class Mesh:
     def alone(cls) -> Self:
         """Of a replica of one rank."""
         tally = Tally()
-        axes = {name: Axis(name=name, tally=tally) for name in (*AXES, "states", "world", "expert", "expert_states")}
+        axes = {
+            name: Axis(name=name, tally=tally)
+            for name in (*AXES, "states", "world", "stage", "expert", "expert_states")
+        }
         return cls(**axes, states_mesh=None, expert_states_mesh=None, tally=tally)
 
     @classmethod
@@ -180,6 +192,10 @@ class Mesh:
         assert dist.group.WORLD is not None
         axes["states"] = axis("states", index, states.size(), states.get_group())
         axes["world"] = axis("world", rank, grid.ranks, dist.group.WORLD)
+        stage = (
+            dist.group.WORLD if grid.pipeline == 1 else full["shard", "context", "tensor"]._flatten("stage").get_group()
+        )
+        axes["stage"] = axis("stage", rank % (states.size() * grid.tensor), states.size() * grid.tensor, stage)
         shared = None
         if grid.expert > 1:
             both = states._unflatten(0, (grid.states // grid.expert, grid.expert), ("expert_states", "expert"))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paceline.config import DataConfig, Options
 from paceline.data.rows import Ints, Row
@@ -25,6 +26,7 @@ from paceline.errors import ModelError
 from paceline.models.heads import Head
 from paceline.objectives.cross_entropy import NO_TARGET, summed_cross_entropy
 from paceline.objectives.deferred import DeferredLogits, deferring
+from paceline.objectives.drawn import Draw, drawn_labels
 from paceline.objectives.head_cross_entropy import head_cross_entropy
 from paceline.objectives.vocabulary import vocabulary_cut
 
@@ -48,6 +50,10 @@ class Batch:
     scale: float = 1.0
     """What the loss will be multiplied by before the backward pass: in fp16, gradients that are computed ahead of it
     would be too small without."""
+    draw: Draw | None = None
+    """The model draws the labels of all targets itself; None for those above."""
+    twice: bool = False
+    """The gradient of the loss is to be differentiated in its turn."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
@@ -119,9 +125,17 @@ def token_loss(model: nn.Module, batch: Batch) -> Tensor:
             f"{type(model).__name__} gave logits of shape {tuple(logits_BSV.shape)}; expected "
             f"({', '.join(str(size) for size in batch.labels.shape)}, vocabulary)"
         )
+    labels_BS, cut = batch.labels, vocabulary_cut(model)
+    if batch.draw is not None:
+        labels_BS = drawn_labels(
+            logits_BSV, labels_BS, batch.draw, sequences=batch.sequences, columns=batch.columns, cut=cut
+        )
+    if batch.twice:
+        logits_NV = logits_BSV.flatten(0, -2).to(torch.promote_types(logits_BSV.dtype, torch.float32))
+        return F.cross_entropy(logits_NV, labels_BS.flatten(), ignore_index=NO_TARGET, reduction="sum")
     if isinstance(logits_BSV, DeferredLogits):
-        return head_cross_entropy(*logits_BSV.parts(), batch.labels, vocabulary_cut(model), scale=batch.scale)
-    return summed_cross_entropy(logits_BSV, batch.labels, vocabulary_cut(model))
+        return head_cross_entropy(*logits_BSV.parts(), labels_BS, cut, scale=batch.scale)
+    return summed_cross_entropy(logits_BSV, labels_BS, cut)
 
 
 @torch.no_grad()

@@ -6,11 +6,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from paceline.config import Fraction, NonNegative, Options, Positive
-from paceline.optim.base import decay_groups
+from paceline.config import Fraction, NonNegative, Positive
+from paceline.optim.base import GroupedConfig, Sees, Shapes, parameter_groups, values_bytes
+from paceline.parallel.full import FullTensors
 
 
-class AdamW(Options):
+class AdamW(GroupedConfig):
     """Adam with decoupled weight decay."""
 
     lr: Positive = 3.0e-4
@@ -20,12 +21,17 @@ class AdamW(Options):
     eps: Positive = 1e-8
     """Added to the root of the average square."""
     weight_decay: NonNegative = 0.1
-    """For matrices; norms and biases never decay."""
+    """For matrices; norms and biases never decay, unless a group says so."""
 
-    state_per_parameter: ClassVar[int] = 2
-    is_elementwise: ClassVar[bool] = True
+    sees: ClassVar[Sees] = "values"
+    source: ClassVar[str] = "Loshchilov & Hutter 2019, arXiv 1711.05101"
+    code: ClassVar[str] = "torch.optim.AdamW, fused"
 
-    def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer over named parameters."""
-        groups = decay_groups(parameters, self.weight_decay)
+    def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
+        """The two averages."""
+        return values_bytes(shapes, 2, value_bytes)
+
+    def build(self, parameters: Mapping[str, nn.Parameter], full: FullTensors) -> torch.optim.Optimizer:
+        """The optimizer over named local parameters."""
+        groups = parameter_groups(parameters, self)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)

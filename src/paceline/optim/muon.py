@@ -7,15 +7,19 @@ serves all parameters. Matrices of the repeated blocks are Muon's; embeddings, h
 Shapes: M matrices of R rows and C columns, R <= C.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from paceline.config import Count, Fraction, NonNegative, Options, Positive
-from paceline.optim.base import decay_groups
+from paceline.config import Count, Fraction, NonNegative, Positive
+from paceline.optim.base import GroupedConfig, Sees, Shapes, parameter_groups
+from paceline.optim.matrices import Directions, MatrixOptimizer, as_stack, is_block_matrix
+from paceline.parallel.boxes import Shape
+from paceline.parallel.full import FullTensors
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic X -> aX + b(XX')X + c(XX')^2 X: the steepest at 0 whose iterates stay near 1 (Jordan 2024)."""
@@ -23,7 +27,7 @@ STACKED = 1 << 24
 """Elements of the matrices that are made orthogonal at once: many small ones fill the units, few large ones do too."""
 
 
-class Muon(Options):
+class Muon(GroupedConfig):
     """Momentum made orthogonal, for the matrices of the blocks; AdamW for the rest."""
 
     lr: Positive = 3.0e-4
@@ -37,70 +41,61 @@ class Muon(Options):
     eps: Positive = 1e-8
     """AdamW's, for the rest."""
     weight_decay: NonNegative = 0.1
-    """For matrices; norms and biases never decay."""
+    """For matrices; norms and biases never decay, unless a group says so."""
 
-    is_elementwise: ClassVar[bool] = False
+    sees: ClassVar[Sees] = "tensors"
+    source: ClassVar[str] = "Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982"
+    code: ClassVar[str] = "paceline; the rest by torch.optim.AdamW"
 
-    @property
-    def state_per_parameter(self) -> int:
-        """AdamW's two at most; a block's matrix has one."""
-        return 2
+    def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
+        """One average for a block's matrix, AdamW's two for the rest."""
+        return value_bytes * sum(
+            (1 if is_block_matrix(name, tuple(shape)) else 2) * math.prod(shape) for name, shape in shapes.items()
+        )
 
-    def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer over named parameters."""
-        return _Muon(self, decay_groups(parameters, self.weight_decay))
-
-
-def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix of a numbered block, or a stack of them (experts), and not a table looked up."""
-    in_block = any(part.isdigit() for part in name.split("."))
-    is_table = "embed" in name or "bias" in name
-    return parameter.ndim in {2, 3} and min(parameter.shape) > 1 and in_block and not is_table
+    def build(self, parameters: Mapping[str, nn.Parameter], full: FullTensors) -> torch.optim.Optimizer:
+        """The optimizer over named local parameters; a matrix is made orthogonal on the rank that owns it."""
+        return _Muon(self, parameters, full)
 
 
-class _Muon(torch.optim.Optimizer):
-    """One optimizer over two kinds of groups, with one state."""
-
-    def __init__(self, options: Muon, groups: list[dict[str, Any]]) -> None:
-        matrices = list(_part(groups, is_block_matrix))
-        others = list(_part(groups, lambda name, parameter: not is_block_matrix(name, parameter)))
-        super().__init__([*matrices, *others], {"lr": options.lr})
-        self._matrices = self.param_groups[: len(matrices)]
+class _Muon(MatrixOptimizer):
+    def __init__(self, options: Muon, parameters: Mapping[str, nn.Parameter], full: FullTensors) -> None:
+        super().__init__(
+            options,
+            parameter_groups(parameters, options),
+            full,
+            is_own=is_block_matrix,
+            cost=lambda shape: float(math.prod(shape) * min(shape[-2:])),
+            betas=options.betas,
+            eps=options.eps,
+        )
         self._options = options
-        self._others: torch.optim.Optimizer | None = None
-        if others:
-            adamw = torch.optim.AdamW(others, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
-            self.param_groups[len(matrices) :] = adamw.param_groups
-            adamw.state = self.state
-            self._others = adamw
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
-        assert closure is None
-        for group in self._matrices:
-            if learning := [parameter for parameter in group["params"] if parameter.grad is not None]:
-                self._step_matrices(learning, group["lr"], group["weight_decay"])
-        if self._others is not None:
-            self._others.step()
-
-    def _step_matrices(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
+    def prepare(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A look ahead along the momentum, which each rank keeps of its own values."""
+        for parameter in parameters.values():
+            if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - self._options.momentum)
-        ahead = list(torch._foreach_lerp(gradients, buffers, self._options.momentum))
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-        for members in _alike(ahead):
-            wide = [_as_wide(ahead[i]) for i in members]
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters.values()]
+        own = list(gradients.values())
+        torch._foreach_lerp_(buffers, own, 1 - self._options.momentum)
+        return dict(zip(gradients, torch._foreach_lerp(own, buffers, self._options.momentum), strict=True))
+
+    def directions(self, matrices: Mapping[str, Tensor], states: Mapping[str, dict[str, Tensor]]) -> Directions:
+        """Made orthogonal, matrices of one shape together."""
+        made: Directions = {}
+        for names in _alike(matrices):
+            wide = [_as_wide(matrices[name]) for name in names]
             updates_MRC = orthogonal(torch.cat(wide), self._options.iterations)
-            scale = 0.2 * updates_MRC.shape[-1] ** 0.5  # the root mean square of AdamW's updates is about 0.2
-            for i, update in zip(members, updates_MRC.split([len(stack) for stack in wide]), strict=True):
-                if ahead[i].shape[-2:] != update.shape[-2:]:
-                    update = update.mT
-                parameters[i].add_(update.reshape(parameters[i].shape), alpha=-lr * scale)
+            for name, update in zip(names, updates_MRC.split([len(stack) for stack in wide]), strict=True):
+                turned = matrices[name].shape[-2:] != update.shape[-2:]
+                made[name] = (update.mT if turned else update).reshape(matrices[name].shape)
+        return made
+
+    def move(self, group: dict[str, Any], name: str, parameter: Tensor, direction: Tensor) -> None:
+        """Decay, and step: the root mean square of AdamW's updates is about 0.2, and so is that of these."""
+        scale = 0.2 * max(self.full.shape(name)[-2:]) ** 0.5
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * scale)
 
 
 def orthogonal(matrices_MRC: Tensor, iterations: int) -> Tensor:
@@ -116,30 +111,22 @@ def orthogonal(matrices_MRC: Tensor, iterations: int) -> Tensor:
     return x_MRC
 
 
-def _part(groups: Iterable[dict[str, Any]], keep: Callable[[str, Tensor], bool]) -> Iterator[dict[str, Any]]:
-    """The groups with only those parameters for which ``keep(name, parameter)``."""
-    for group in groups:
-        kept = [(name, p) for name, p in zip(group["names"], group["params"], strict=True) if keep(name, p)]
-        if kept:
-            yield {**group, "names": [name for name, _ in kept], "params": [p for _, p in kept]}
-
-
-def _alike(tensors: list[Tensor]) -> Iterator[list[int]]:
-    """Indices of matrices of one shape, turned or not, a few at a time."""
-    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, tensor in enumerate(tensors):
-        by_shape[tuple(sorted(tensor.shape[-2:]))].append(i)
+def _alike(matrices: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of matrices of one shape, turned or not, a few at a time."""
+    by_shape: dict[Shape, list[str]] = defaultdict(list)
+    for name, tensor in matrices.items():
+        by_shape[tuple(sorted(tensor.shape[-2:]))].append(name)
     for members in by_shape.values():
-        chunk: list[int] = []
-        for i in members:
-            if chunk and sum(tensors[j].numel() for j in chunk) + tensors[i].numel() > STACKED:
+        chunk: list[str] = []
+        for name in members:
+            if chunk and sum(matrices[other].numel() for other in chunk) + matrices[name].numel() > STACKED:
                 yield chunk
                 chunk = []
-            chunk.append(i)
+            chunk.append(name)
         yield chunk
 
 
 def _as_wide(tensor: Tensor) -> Tensor:
     """A matrix or a stack of them as (M, R, C) with R <= C."""
-    stack = tensor.reshape(-1, *tensor.shape[-2:])
+    stack = as_stack(tensor)
     return stack if stack.shape[-2] <= stack.shape[-1] else stack.mT

@@ -6,12 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from paceline.config import Fraction, NonNegative, Options, Positive
-from paceline.optim.base import decay_groups
+from paceline.config import Fraction, Positive
+from paceline.optim.base import GroupedConfig, Sees, Shapes, parameter_groups, values_bytes
+from paceline.parallel.full import FullTensors
 
 
-class SGD(Options):
-    """Plain, momentum or Nesterov SGD, as torch defines them."""
+class SGD(GroupedConfig):
+    """Plain, momentum or Nesterov SGD, as torch defines them; decay is added to the gradient."""
 
     lr: Positive = 0.1
     """The peak rate; the schedule multiplies it by a factor."""
@@ -19,22 +20,21 @@ class SGD(Options):
     """Share of the last update that is kept."""
     nesterov: bool = False
     """Look ahead along the momentum; needs momentum above 0."""
-    weight_decay: NonNegative = 0.0
-    """Added to the gradient, for matrices only."""
 
-    is_elementwise: ClassVar[bool] = True
+    sees: ClassVar[Sees] = "values"
+    source: ClassVar[str] = "Polyak 1964; Sutskever et al. 2013"
+    code: ClassVar[str] = "torch.optim.SGD, fused"
 
     def model_post_init(self, _: Any) -> None:
         """Refuse what torch refuses."""
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0")
 
-    @property
-    def state_per_parameter(self) -> int:
+    def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The momentum, if there is any."""
-        return int(self.momentum > 0)
+        return values_bytes(shapes, int(self.momentum > 0), value_bytes)
 
-    def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer over named parameters."""
-        groups = decay_groups(parameters, self.weight_decay)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+    def build(self, parameters: Mapping[str, nn.Parameter], full: FullTensors) -> torch.optim.Optimizer:
+        """The optimizer over named local parameters."""
+        groups = parameter_groups(parameters, self)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)

@@ -141,7 +141,9 @@ class Balanced:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Objective``."""
-        if not model.training:
+        if (
+            not model.training or batch.draw is not None
+        ):  # labels are drawn to find the curvature of the model's own loss
             return self._objective.loss(model, batch)
         with self._watching() as logits:
             loss = self._objective.loss(model, batch)

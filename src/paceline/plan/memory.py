@@ -43,14 +43,15 @@ def rank_memory(
     zero: int,
     precision: Precision,
     recompute: str,
-    state_per_parameter: int,
+    optimizer_bytes: int,
     sync_bytes: int,
     logit_rows: int | None,
     copy_bytes: int = 0,
 ) -> RankMemory:
     """Memory of one rank of a replica, were all cuts even.
 
-    ``copy_bytes``: of a value that is trained, in copies besides the one that learns.
+    ``optimizer_bytes``: what all ranks keep together. ``copy_bytes``: of a value that is trained, in copies besides the
+    one that learns.
 
     States are exact up to what does not divide, and to the one block at a time that ZeRO 3 gathers. Experts count as
     chosen evenly. Activations: 34 bytes a token and unit of width in a block at 2 bytes a value, 2 with full recompute
@@ -79,7 +80,7 @@ def rank_memory(
         master_weights=precision.stored_bytes * model.parameters // states,
         compute_weights=value_bytes * computed,
         gradients=gradient_bytes * learned // cut if zero == 1 else gradient_bytes * model.trainable // states,
-        optimizer=4 * state_per_parameter * model.trainable // states,
+        optimizer=optimizer_bytes // states,
         copies=copy_bytes * model.trainable // states,
         sync=sync_bytes,
         activations_estimate=tokens * model.width * blocks * per_unit * value_bytes // 2 // grid.tensor,

@@ -4,6 +4,7 @@ from paceline.config import BatchConfig, Config
 from paceline.errors import PlanError
 from paceline.plan.batch import Batches, BatchPlan, plan_batch, sequences_of
 from paceline.plan.layout import Grid, check_offload
+from paceline.plan.optimizer import check_optimizer
 from paceline.plan.precision import check_precision
 from paceline.plan.rate import check_rate
 from paceline.plan.stages import check_schedule, schedule_of
@@ -23,6 +24,7 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
             "tensors are not compiled yet. Use train.compile=false, or shard and replicas"
         )
     check_offload(layout, config.replicas)
+    check_optimizer(config)
     if layout.tensor_patterns and layout.tensor == 1:
         raise PlanError("layout.tensor_patterns says how tensor ranks cut matrices. Set layout.tensor, or leave it out")
     if layout.sequence and layout.tensor == 1:

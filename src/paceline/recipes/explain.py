@@ -11,6 +11,7 @@ from paceline.errors import ConfigError
 from paceline.models.describe import describe
 from paceline.objectives.base import holds_all_logits
 from paceline.objectives.head_cross_entropy import rows_at_a_time
+from paceline.optim.base import check_groups
 from paceline.plan.batch import Batches, BatchPlan
 from paceline.plan.layout import Grid
 from paceline.plan.memory import RankMemory, rank_memory
@@ -161,6 +162,7 @@ def explain(config: Config) -> Plan:
     value_bytes = {"fp32": 4, "bf16": 2}[config.reduction]
     logit_rows = _logit_rows(config, -(-sizes.vocabulary // grid.tensor))
     optimizer: Any = config.optimizer
+    check_groups(optimizer, list(shapes))
     return Plan(
         config=config,
         model=sizes,
@@ -175,7 +177,7 @@ def explain(config: Config) -> Plan:
             zero=config.layout.zero,
             precision=precision,
             recompute=config.layout.recompute,
-            state_per_parameter=optimizer.state_per_parameter,
+            optimizer_bytes=optimizer.state_bytes(shapes),
             sync_bytes=sync.state_bytes(shapes, value_bytes) // grid.ranks if config.replicas > 1 else 0,
             logit_rows=logit_rows,
             copy_bytes=4 * average.keeps + precision.stored_bytes * (schedule.measures == "change"),

@@ -1,11 +1,12 @@
 """Gradient accumulation: the micro-batches of a step, one after the other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paceline.models.chance import stream_seed
 from paceline.objectives.base import Batch, Objective, logits_of
@@ -43,6 +44,28 @@ class Accumulate:
                 with self._dropout.drawing(step, batch) if self._dropout else nullcontext():
                     loss = self._objective.loss(self._model, replace(batch.to(self._device), scale=scale))
                 (loss * scale).backward()
+            total += loss.detach()
+        return float(total.item())
+
+    def product(self, batches: Sequence[Batch], vectors: Mapping[str, Tensor], *, step: int, scale: float) -> float:
+        """As ``run``, but what is added is the derivative of these gradients along ``vectors``, by parameter name.
+
+        The model computes in the parameters' own dtype, with code that can be differentiated twice.
+        """
+        parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for batch in batches:
+            with random_stream(self._device, self._seed, step, batch.sequences[0]), sdpa_kernel(SDPBackend.MATH):
+                with self._dropout.drawing(step, batch) if self._dropout else nullcontext():
+                    loss = self._objective.loss(self._model, batch.to(self._device))
+                gradients = torch.autograd.grad(
+                    loss * scale, list(parameters.values()), create_graph=True, allow_unused=True
+                )
+                slopes = [
+                    (g * vectors[name]).sum() for name, g in zip(parameters, gradients, strict=True) if g is not None
+                ]
+                if slopes:
+                    torch.stack(slopes).sum().backward(inputs=list(parameters.values()))
             total += loss.detach()
         return float(total.item())
 

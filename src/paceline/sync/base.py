@@ -41,7 +41,8 @@ class Sync(Protocol):
     def begin(self, step: int, replica: Replica, count: int) -> int:
         """Before the backward pass: the number of targets in the group this strategy names, which divides the loss.
 
-        ``count`` is this replica's own number of targets.
+        ``count`` is this replica's own number of targets. An optimizer may want other gradients of the batch besides:
+        then ``begin`` and ``update`` are called for each of them too, with a replica that keeps them and takes no step.
         """
 
     def total(self, values: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,8 @@ class Parts:
     prepared: Prepared
     built: Built
     sizes: ModelSizes
+    shapes: dict[str, tuple[int, ...]]
+    """Of the trainable parameters of the whole model, by name."""
     precision: Precision
     objective: Objective
     batches: Batches
@@ -166,6 +168,7 @@ def put_together(
     assert batch.data_parallel == world.data_ranks
     model, source, options, context = material.model, material.source, material.options, material.context
     sizes = model_sizes(model, context.special.vocabulary)
+    shapes = {info.name: info.shape for info in describe(model) if info.trainable}
     if source and source.attention == "auto":
         choose(
             model,
@@ -202,6 +205,7 @@ def put_together(
         prepared=material.prepared,
         built=built,
         sizes=sizes,
+        shapes=shapes,
         precision=precision,
         objective=material.objective,
         batches=batches,

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from paceline.comm.mesh import Axis, Mesh
-from paceline.config import LayoutConfig, LossScaleConfig
+from paceline.config import LayoutConfig, LossScaleConfig, strategy_name
 from paceline.errors import PlanError
+from paceline.models.attention import FUSED, MATMUL
 from paceline.objectives.base import Batch, Objective, ObjectiveContext, ObjectiveOptions
-from paceline.optim.base import OptimizerConfig
+from paceline.optim.base import OptimizerConfig, check_groups
 from paceline.parallel.balance import balanced, check_routers
 from paceline.parallel.compiled import SELECTIVE, compile_blocks
 from paceline.parallel.context import cut_context
@@ -25,6 +26,7 @@ from paceline.parallel.recompute import recompute
 from paceline.parallel.shard import ShardedStates
 from paceline.parallel.stages import cut_stages
 from paceline.parallel.tensor import cut_tensor
+from paceline.plan.optimizer import needs_fp32
 from paceline.plan.precision import Precision
 from paceline.schedule.accumulate import Accumulate
 from paceline.schedule.base import Schedule
@@ -83,13 +85,8 @@ def build(
     """
     places = find_places(model, goal.sample)
     dropout = _dropout(places, layout, mesh, seed=seed, compiled=compiled)
-    cuts_parameters = [axis for axis in (mesh.shard, mesh.context, mesh.tensor) if axis.size > 1]
-    if cuts_parameters and not optimizer.is_elementwise:
-        axis = cuts_parameters[0]
-        raise PlanError(
-            f"layout.{axis.name}={axis.size} cuts matrices that {type(optimizer).__name__} needs whole, which is not "
-            "built. Use optimizer=adamw, or replicas and pipeline"
-        )
+    check_groups(optimizer, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    _check_precision(optimizer, model, precision)
     whole = _state_names(model)
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     held: dict[str, Held] = {}
@@ -147,6 +144,7 @@ def build(
             elsewhere=whole - _state_names(model),
             reports=stages is None or stages.has_loss,
             device=device,
+            seed=seed,
             reduction=reduction,
             loss_scale=LossScale(loss_scale) if precision.is_scaled else None,
             rounding_seed=seed if pure else None,
@@ -165,6 +163,18 @@ def _state_names(model: nn.Module) -> frozenset[str]:
     """Of parameters, each by its first name, and of the buffers that are state."""
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
     return frozenset(name for name, _ in model.named_parameters()) | buffers
+
+
+def _check_precision(optimizer: OptimizerConfig, model: nn.Module, precision: Precision) -> None:
+    """Raise ``PlanError`` where an optimizer that looks at the loss would not see it change, or could not derive it."""
+    name = f"optimizer={strategy_name(optimizer)}"
+    if optimizer.sees == "loss" and precision.compute_bytes == 2:
+        raise PlanError(f"precision={precision.name}: {needs_fp32(name)}")
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if optimizer.differentiates_twice and attention in {MATMUL, FUSED}:
+        raise PlanError(
+            f"model.attention={attention} cannot be differentiated twice, which {name} does. Use model.attention=sdpa"
+        )
 
 
 def _dropout(places: Places, layout: LayoutConfig, mesh: Mesh, *, seed: int, compiled: bool) -> Dropout | None:

@@ -35,9 +35,9 @@ def locate(
         return _locate_together(error, model, replica, objective, batches, where, drawing)
     batches = list(batches)
     scale = replica.loss_scale.value / max(1, sum(batch.count for batch in batches))
-    clear = replica.optimizer.zero_grad  # in mixed precision the gradients are the masters', not the model's
+    clear = replica.clear_gradients  # in mixed precision the gradients are the masters', not the model's
     replica.expect(False)  # a sync must not send these gradients
-    clear(set_to_none=True)
+    clear()
     for i, batch in enumerate(batches):
         with watch(model) as found:
             with drawing(batch):
@@ -45,7 +45,7 @@ def locate(
             if not found and math.isfinite(loss.item()):
                 (loss * scale).backward()
         found += [f"the gradient of {s.name}" for s in replica.shards if not found and _bad(s.parameter.grad)]
-        clear(set_to_none=True)
+        clear()
         if found or not math.isfinite(loss.item()):
             return _located(error, found[0] if found else "the loss itself", f"{where}, micro-batch {i}")
     return NonFiniteElsewhere(f"{error}; every value on {where} is finite")
@@ -61,7 +61,7 @@ def _locate_together(
     where: str,
     drawing: Drawing,
 ) -> NonFiniteError:
-    replica.optimizer.zero_grad(set_to_none=True)
+    replica.clear_gradients()
     first = None
     with watch(model) as found:
         if replica.mesh.pipeline.size == 1:

@@ -16,7 +16,7 @@ from paceline.config import PerturbConfig
 from paceline.errors import PlanError
 from paceline.models.initialise import initialise
 from paceline.train.replica import ModuleReplica
-from paceline.train.state import part_of
+from paceline.train.state import placed
 
 
 class Perturb:
@@ -49,7 +49,7 @@ class Perturb:
             return False
         fresh = self._fresh(step)
         for shard in replica.shards:
-            state = part_of(shard.parameter, shard.name, replica)
+            state = placed(shard.parameter, shard.name, replica)
             for block in state.blocks:  # what a rank holds besides is padding, and stays zero
                 window = tuple(slice(at, at + size) for at, size in zip(block.start, block.shape, strict=True))
                 own = block.of(state.tensor)

@@ -1,18 +1,20 @@
 """One rank's view of its replica: parameters that learn, their gradients, and how a step is finished."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from paceline.comm.mesh import Axis, Mesh
 from paceline.comm.replica import Finish, Shard, Vote
-from paceline.optim.base import OptimizerConfig
+from paceline.optim.base import Averaging, OptimizerConfig, Owning, Passes, Searching
+from paceline.parallel.full import FullTensors
 from paceline.parallel.held import Held
 from paceline.parallel.precision import OnGradient
 from paceline.train.loss_scale import LossScale
-from paceline.train.place import placed
 from paceline.train.rounded import Rounded
 
 
@@ -40,6 +42,7 @@ class ModuleReplica:
     those, and the buffers, of which it holds nothing. ``reports``: this rank's sums over targets are the loss, not 0.
     ``device``: where ranks talk; that of the parameters, unless these are offloaded. ``reduction``: what gradients are
     summed in, see ``Replica``. ``rounding_seed``: the parameters learn in 16 bits, and updates are rounded by chance.
+    ``seed``: of what else is drawn.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class ModuleReplica:
         reduction: torch.dtype | None = None,
         loss_scale: LossScale | None = None,
         rounding_seed: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.shards = [Shard(name, parameter) for name, parameter in states.parameters.items()]
         self.frozen = states.frozen
@@ -63,13 +67,17 @@ class ModuleReplica:
         self.held = held or {}
         self.reduction = reduction
         self.loss_scale = loss_scale or LossScale()
+        self.elsewhere = elsewhere
+        self.seed = seed
+        self.local = {shard.name: _plain(shard) for shard in self.shards}
+        """What the optimizer sees: of a parameter that ranks share, this rank's values."""
+        self._device = device or next((local.device for local in self.local.values()), torch.device("cpu"))
+        self.full = FullTensors.of(states.frozen | states.parameters, self.held, mesh, device=self._device)
         self._rounded: Rounded | None = None
         if rounding_seed is not None:
-            places = {name: placed(p, self.held.get(name), mesh) for name, p in states.parameters.items()}
-            self._rounded = Rounded(optimizer, states.parameters, places, rounding_seed)
-        self.optimizer = self._rounded or optimizer.build(states.parameters)
-        self.elsewhere = elsewhere
-        self._device = device or self.shards[0].local.device
+            self._rounded = Rounded(optimizer, self.local, self.full, rounding_seed)
+        self.optimizer = self._rounded or optimizer.build(self.local, self.full)
+        self.state_kinds = optimizer.state_kinds
         self._reports = reports and mesh.tensor.index == 0
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._states = states
@@ -77,6 +85,8 @@ class ModuleReplica:
         self._by_name = {shard.name: shard for shard in self.shards}
         self._summed = _by_axis(self.shards, self.held)
         self._late = {shard.name for _, shards in self._summed for shard in shards}
+        self.passes: Passes | None = None
+        """What the optimizer may ask of the step's batch, besides the gradients that it is given."""
         self._listener: Callable[[Shard], None] | None = None
         self._untold: set[str] = set()
         self._last = False
@@ -130,26 +140,79 @@ class ModuleReplica:
     @torch.no_grad()
     def finish(self, vote: Vote) -> Finish:
         """Unscale, norm, clip, step if the vote says so, clear the gradients."""
-        norm = self._gradient_norm() / self.loss_scale.value
+        norm = self.gradient_norm() / self.loss_scale.value
         stepped = vote(not self._vetoed and torch.isfinite(norm).item() is True)
         if stepped:
             factor = 1.0 / self.loss_scale.value
             if self._clip_norm is not None and norm > self._clip_norm:
                 factor *= self._clip_norm / float(norm)
-            if factor != 1.0:
-                gradients = [gradient for shard in self.shards if (gradient := shard.gradient) is not None]
-                torch._foreach_mul_(gradients, factor)
-            self.optimizer.step()
+            self.lend_gradients(factor)
+            if isinstance(self.optimizer, Searching):
+                assert self.passes is not None
+                self.optimizer.search(self.passes)
+            else:
+                self.optimizer.step()
             self._states.refresh()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
         overflowed = self.loss_scale.after(stepped)
         return Finish(stepped=stepped, gradient_norm=float(norm), overflowed=overflowed)
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients, also those the optimizer was lent."""
+        for shard in self.shards:
+            shard.parameter.grad = self.local[shard.name].grad = None
 
     def refresh(self) -> None:
         """Bring the computing copy up to date after the parameters were set from outside."""
         self._states.refresh()
 
-    def _gradient_norm(self) -> Tensor:
+    def keeps(self, name: str) -> bool:
+        """Whether this rank keeps what the optimizer keeps of a whole matrix on one rank."""
+        assert isinstance(self.optimizer, Owning)
+        return self.optimizer.owner.get(name) == self.full.index
+
+    def averages(self) -> dict[str, Tensor]:
+        """This rank's values of what takes the parameters' place outside of training, by name; empty for most."""
+        self._follow()
+        if not isinstance(self.optimizer, Averaging):
+            return {}
+        return {name: self.optimizer.averaged(parameter) for name, parameter in self.local.items()}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While it lasts the model computes with the optimizer's averages, if it has any."""
+        averages = self.averages()
+        before = {name: self.local[name].detach().clone() for name in averages}
+        self._set(averages)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        if values:
+            for name, value in values.items():
+                self._by_name[name].local.copy_(value)
+            self._states.refresh()
+
+    def lend_gradients(self, factor: float) -> None:
+        """Show the optimizer this rank's values, and gradients times ``factor``."""
+        if factor != 1.0:
+            gradients = [gradient for shard in self.shards if (gradient := shard.gradient) is not None]
+            torch._foreach_mul_(gradients, factor)
+        self._follow()
+        for shard in self.shards:
+            self.local[shard.name].grad = shard.gradient
+
+    def _follow(self) -> None:
+        """Let what the optimizer sees be where the values are: FSDP2 moves them when it begins."""
+        for shard in self.shards:
+            own = self.local[shard.name]
+            if own is not shard.parameter:
+                own.data = shard.local
+
+    def gradient_norm(self) -> Tensor:
         """L2 norm over the replica, each value counted by the one rank that owns it: fp64 scalar on the CPU.
 
         NaN if a gradient is not finite on any rank, also where it is a copy that is not counted.
@@ -179,6 +242,15 @@ class ModuleReplica:
         if self._listener is not None and name in self._untold:
             self._untold.remove(name)
             self._listener(self._by_name[name])
+
+
+def _plain(shard: Shard) -> nn.Parameter:
+    """The parameter itself, or this rank's values of a DTensor: in the same memory."""
+    if not isinstance(shard.parameter, DTensor):
+        return shard.parameter
+    plain = nn.Parameter(shard.local)
+    plain.grad_dtype = shard.parameter.grad_dtype
+    return plain
 
 
 def _by_axis(shards: Iterable[Shard], held: Mapping[str, Held]) -> list[tuple[Axis, list[Shard]]]:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from paceline.checkpoint import Checkpoint, Kind, Rule, TensorState, tensor_state
+from paceline.comm.replica import local_part
+from paceline.optim.base import StateKind
+from paceline.parallel.boxes import Part
 from paceline.sync.base import Sync
-from paceline.train.place import placed
 from paceline.train.replica import ModuleReplica
 
 Place = tuple[int, int]
@@ -19,33 +21,32 @@ def tensors(
     """Masters, frozen parameters, buffers that are state, the optimizer's tensors, the sync's and the ``average`` of
     the parameters, by name; a restore fills them.
 
-    ``place`` is (replica, replicas).
+    ``place`` is (replica, replicas). Where the optimizer averages weights, the model's are the averages, and the
+    parameters themselves are the optimizer's ``iterate``.
     """
-    learned = {shard.name: shard.parameter for shard in replica.shards}
-    state = {f"model/{name}": part_of(p, name, replica) for name, p in (replica.frozen | learned).items()}
+    averages = replica.averages()
+    kept = {name: local_part(parameter) for name, parameter in replica.frozen.items()} | replica.local | averages
+    state = {f"model/{name}": _like(tensor, name, replica) for name, tensor in kept.items()}
     for name, buffer in _persistent_buffers(model):
         state[f"model/{name}"] = tensor_state(buffer, Kind.REPLICATED, holder=_stage_holder(replica))
-    for name, parameter in learned.items():
+    for name, parameter in replica.local.items():
+        if name in averages:
+            state[f"optimizer/{name}/iterate"] = _like(parameter, name, replica)
         for key, value in replica.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                state[f"optimizer/{name}/{key}"] = (
-                    part_of(value, name, replica)
-                    if value.shape == parameter.shape
-                    else tensor_state(value, Kind.REPLICATED, holder=_scalar_holder(name, replica))
-                )
+                state[f"optimizer/{name}/{key}"] = _of_optimizer(value, name, key, replica)
     for name, mean in average.items():
-        state[f"average/{name}"] = part_of(mean, name, replica)
-    for name, kept in sync.state().items():
-        kind, rule = Kind(kept.kind), Rule(kept.rule) if kept.rule else None
-        own = place if kind in {Kind.PER_REPLICA, Kind.OPAQUE} else None
-        state[f"sync/{name}"] = tensor_state(kept.tensor, kind, rule=rule, place=own)
+        state[f"average/{name}"] = placed(mean, name, replica)
+    for name, own in sync.state().items():
+        kind, rule = Kind(own.kind), Rule(own.rule) if own.rule else None
+        where = place if kind in {Kind.PER_REPLICA, Kind.OPAQUE} else None
+        state[f"sync/{name}"] = tensor_state(own.tensor, kind, rule=rule, place=where)
     return state
 
 
 def owned(tensors: Mapping[str, TensorState], replica: ModuleReplica) -> dict[str, TensorState]:
-    """What this rank saves: all but the copies of which another rank is the owner."""
-    copies = {name for name, held in replica.held.items() if not held.is_owner}
-    return {slot: state for slot, state in tensors.items() if _parameter_of(slot) not in copies}
+    """What the ranks of this stage save: all but what those of another stage hold as well, and save."""
+    return {slot: state for slot, state in tensors.items() if _parameter_of(slot) not in replica.full.copies}
 
 
 def restore(
@@ -63,23 +64,38 @@ def restore(
     An average that is empty is left out, whether the checkpoint has one or not. A new optimizer has no state to fill
     until its first step, so places are made for what the checkpoint holds.
     """
-    learned = {shard.name: shard.parameter for shard in replica.shards}
     replica.optimizer.state.clear()
-    for slot in checkpoint.names:
-        name, _, key = slot.removeprefix("optimizer/").rpartition("/")
-        if slot.startswith("optimizer/") and name in learned:
-            entry = checkpoint.entry(slot)
-            device, dtype = learned[name].device, getattr(torch, entry.dtype)
-            like = learned[name] if entry.kind == Kind.PARAMETER else torch.empty(entry.shape, device=device)
-            empty = torch.zeros_like(like, dtype=dtype, requires_grad=False)
-            replica.optimizer.state.setdefault(learned[name], {})[key] = empty
     elsewhere = {
         slot
         for slot in checkpoint.names
         if _parameter_of(slot) in replica.elsewhere or (not average and slot.startswith("average/"))
     }
+    for slot in checkpoint.names:
+        name, _, key = slot.removeprefix("optimizer/").rpartition("/")
+        if not slot.startswith("optimizer/") or name not in replica.local or key == "iterate":
+            continue
+        parameter, entry = replica.local[name], checkpoint.entry(slot)
+        shape: tuple[int, ...] = entry.shape
+        match _kind(key, shape, replica):
+            case "owner" if not replica.keeps(name):
+                elsewhere.add(slot)
+                continue
+            case "like":
+                shape = tuple(parameter.shape)
+            case "rows":
+                shape = (*parameter.shape[:-1], entry.shape[-1])
+        dtype: torch.dtype = getattr(torch, entry.dtype)
+        # Scalars of ours are fp64 and read here; those of torch's fused kernels are fp32 and lie where these want them.
+        device = "cpu" if not shape and dtype is torch.float64 else parameter.device
+        empty = torch.zeros(shape, dtype=dtype, device=device)
+        replica.optimizer.state.setdefault(parameter, {})[key] = empty
     checkpoint.restore(tensors(model, replica, sync, place, average=average), layout=layout, elsewhere=elsewhere)
     replica.refresh()
+
+
+def placed(tensor: Tensor, name: str, replica: ModuleReplica) -> TensorState:
+    """A tensor like a parameter that is trained, plain or a DTensor, by its place in the full one."""
+    return _like(local_part(tensor), name, replica)
 
 
 def _parameter_of(slot: str) -> str:
@@ -88,22 +104,34 @@ def _parameter_of(slot: str) -> str:
     return rest.rpartition("/")[0] if section == "optimizer" else rest
 
 
-def part_of(tensor: Tensor, name: str, replica: ModuleReplica) -> TensorState:
-    """A parameter, or a tensor like it, by its place in the full one."""
-    return placed(tensor, replica.held.get(name), replica.mesh)
+def _like(local: Tensor, name: str, replica: ModuleReplica) -> TensorState:
+    return _cut(local, replica.full.part(name), replica.full.holder(name))
+
+
+def _cut(local: Tensor, part: Part, holder: tuple[int, int]) -> TensorState:
+    return TensorState(local.detach(), Kind.PARAMETER, part.full_shape, part.blocks, holder=holder)
+
+
+def _of_optimizer(value: Tensor, name: str, key: str, replica: ModuleReplica) -> TensorState:
+    full = replica.full
+    match _kind(key, tuple(value.shape), replica):
+        case "whole":
+            return tensor_state(value, Kind.REPLICATED, holder=(full.index, full.ranks))
+        case "owner":
+            return tensor_state(value, Kind.REPLICATED)
+        case "rows":
+            return _cut(value, full.part_of_rows(name, value.shape[-1]), full.holder(name, dropped=1))
+        case "like":
+            return _like(value, name, replica)
+
+
+def _kind(key: str, shape: tuple[int, ...], replica: ModuleReplica) -> StateKind:
+    return replica.state_kinds.get(key, "like" if shape else "whole")
 
 
 def _stage_holder(replica: ModuleReplica) -> tuple[int, int]:
     """This rank among all that hold the same blocks of the model."""
-    states, tensor = replica.mesh.states, replica.mesh.tensor
-    return states.index * tensor.size + tensor.index, states.size * tensor.size
-
-
-def _scalar_holder(name: str, replica: ModuleReplica) -> tuple[int, int]:
-    held = replica.held.get(name)
-    if held is not None and not held.cuts:  # of copies only the owner saves
-        return replica.mesh.states.index, replica.mesh.states.size
-    return _stage_holder(replica)
+    return replica.mesh.stage.index, replica.mesh.stage.size
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

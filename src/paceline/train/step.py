@@ -10,6 +10,7 @@ from paceline.errors import NonFiniteError
 from paceline.objectives.base import Batch
 from paceline.schedule.base import Schedule
 from paceline.sync.base import Sync
+from paceline.train.again import Again, backward
 from paceline.train.replica import ModuleReplica
 
 
@@ -36,15 +37,13 @@ def train_step(
     The loss is a sum; it is divided once, before the backward pass, by the targets of the group that the sync names.
     """
     replica.begin(step)
-    (own_targets,), _ = replica.total([sum(batch.count for batch in batches)])
-    group_targets = sync.begin(step, replica, int(own_targets))
-    scale = replica.loss_scale.value / max(1, group_targets)
-    loss_sum = schedule.run(batches, step=step, scale=scale, expect=replica.expect)
-    replica.end_backward()
+    again = replica.passes = Again(replica, sync, schedule, batches, step=step)
+    again.estimate()
+    loss_sum, own_targets, _ = backward(replica, sync, batches, again.run(batches), step=step)
     (own_loss,), stop = replica.total([loss_sum], stop=stop)
     sums = sync.total(torch.tensor([own_loss, own_targets, float(stop)], dtype=torch.float64)).tolist()
     total_loss, targets, stops = sums[0], int(sums[1]), sums[2]
-    loss = total_loss / max(1, targets)
+    again.loss = loss = total_loss / max(1, targets)
     if not math.isfinite(loss):
         replica.veto()
     finish = sync.update(replica)

@@ -18,6 +18,7 @@ from paceline.comm.ranks import Coordinates
 from paceline.config import strategy_name
 from paceline.errors import CheckpointError, NonFiniteError, TrainError
 from paceline.evaluate.held_out import Evaluation
+from paceline.optim.base import Averaging
 from paceline.sync.base import differing
 from paceline.track import Trackers
 from paceline.train import state
@@ -51,10 +52,10 @@ class Loop:
         self._resume()
         self._check_same_run()
         if parts.checkpointer:
-            # Weights, optimizer and average: the newest checkpoint stays while the next is written beside it.
-            copies = 1 + parts.optimizer_config.state_per_parameter + bool(parts.average.tensors)
-            floats = copies * parts.sizes.trainable
-            check_space(self._checkpoints, 2 * 4 * floats)
+            # Weights, averages of them and optimizer: the newest checkpoint stays while the next is written beside it.
+            copies = 1 + bool(parts.average.tensors) + isinstance(parts.built.replica.optimizer, Averaging)
+            needed = 4 * copies * parts.sizes.trainable + parts.optimizer_config.state_bytes(parts.shapes)
+            check_space(self._checkpoints, 2 * needed)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -112,13 +113,13 @@ class Loop:
         parts = self.parts
         if self.coordinates.ranks > 1:
             return SavedWeights(load(self._checkpoints, self.step), averaged=parts.average.is_exported)
-        learned = {shard.name: shard.parameter.detach() for shard in parts.built.replica.shards}
+        learned = {name: p.detach() for name, p in parts.built.replica.local.items()} | parts.built.replica.averages()
         learned |= parts.average.tensors if parts.average.is_exported else {}
         return {name: learned.get(name, value) for name, value in parts.built.model.state_dict().items()}
 
     def evaluate(self) -> Evaluation:
         """Measure the held-out part, and continue the prompts, on all ranks."""
-        with self.parts.average.in_place():
+        with self.parts.average.in_place(), self.parts.built.replica.evaluating():
             measured = self.parts.evaluator.measure(self.step, self._total)
         self.evaluation = replace(measured, averaged=self.parts.average.is_measured)
         if self.trackers:

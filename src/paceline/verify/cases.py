@@ -16,9 +16,12 @@ from paceline.config import (
     Count,
     EvaluateConfig,
     LayoutConfig,
+    Options,
     TrainConfig,
 )
 from paceline.errors import ConfigError, PlanError
+from paceline.optim.average import NoAverage
+from paceline.optim.constant import Constant
 from paceline.optim.ema import Ema
 from paceline.optim.linear import Linear
 from paceline.optim.sgd import SGD
@@ -116,14 +119,18 @@ class Case:
         except PlanError:
             return 0
 
-    def config(self, base: Config, *, steps: int, output: Path, resumed: bool = False) -> Config:
+    def config(
+        self, base: Config, *, steps: int, output: Path, resumed: bool = False, optimizer: Options | None = None
+    ) -> Config:
         """The run of this case, or the part of it after it was ``resumed``, as a user would write it.
 
         All is such that a mistake shows: SGD hides no wrong scale, and its momentum goes through the checkpoints, as
         does an average of the weights, which is what is evaluated; the rate changes from step to step; clipping is
         active; gradients travel in several buckets. Without a word of its own a case takes two micro-batches a step,
-        and one after it was resumed.
+        and one after it was resumed. An ``optimizer`` that is on trial in place of SGD has the rate that it was given,
+        and no clipping: it is to see the same gradients, bit for bit.
         """
+        given: Any = optimizer
         patterns = base.layout.tensor_patterns if self.layout.tensor > 1 else None
         return base.model_copy(
             update={
@@ -132,12 +139,17 @@ class Case:
                 "batch": BatchConfig(
                     sequences=SEQUENCES, sequence_tokens=SEQUENCE_TOKENS, micro=self._micro(1 if resumed else 2)
                 ),
-                "optimizer": SGD(lr=RATE, momentum=MOMENTUM),
-                "schedule": Linear(warmup_steps=2),
-                "average": Ema(decay=0.5),
+                "optimizer": optimizer or SGD(lr=RATE, momentum=MOMENTUM),
+                "schedule": Constant(warmup_steps=2) if given and given.schedule else Linear(warmup_steps=2),
+                "average": NoAverage() if given and given.averages else Ema(decay=0.5),
                 "perturb": None,
                 "sync": AllReduce(bucket_mib=BUCKET_MIB) if isinstance(base.sync, AllReduce) else base.sync,
-                "train": TrainConfig(steps=steps, output=str(output), clip_norm=CLIP_NORM, compile=self.compiled),
+                "train": TrainConfig(
+                    steps=steps,
+                    output=str(output),
+                    clip_norm=None if optimizer else CLIP_NORM,
+                    compile=self.compiled,
+                ),
                 "checkpoint": CheckpointConfig(every=steps // 2),
                 "evaluate": EvaluateConfig(every=steps // 2),
             }

@@ -108,7 +108,9 @@ def compare(
     boxes = Boxes(folder).by_tensor()
     replica_of = [run["replica"] for run in runs]
     replicas = sorted(set(replica_of))
-    total = math.sqrt(sum(float(t.double().square().sum()) for (what, _), t in reference.items() if what == "gradient"))
+    totals: dict[str, float] = defaultdict(float)  # of all gradients of a step
+    for (what, _), tensor in reference.items():
+        totals[what] += float(tensor.double().square().sum())
     worst: dict[str, Worst] = {}
     for key in sorted(reference.keys() | boxes.keys()):
         what, name = key
@@ -116,11 +118,12 @@ def compare(
             wrong.append(f"{what} of {name} is there, but one process has none")
             continue
         full = reference[key].double()
-        floor = bounds.floor * total if what == "gradient" else 0.0
+        is_gradient = what.startswith("gradient")
+        floor = bounds.floor * math.sqrt(totals[what]) if is_gradient else 0.0
         error, missing = _error(full, boxes.get(key, []), replica_of, replicas, floor)
         if missing:
             wrong.append(f"{what} of {name}: {missing} of {full.numel() * len(replicas)} values are on no rank")
-        kind = what if what in {"gradient", "parameter after 1"} else "later"  # roundings grow from update to update
+        kind = "gradient" if is_gradient else what if what == "parameter after 1" else "later"  # roundings grow
         if kind not in worst or not error <= worst[kind].error:
             worst[kind] = Worst(name=name, error=error)
     first, *_, last = steps = _series("losses", reference_run, runs)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paceline.comm.device import claim
 from paceline.comm.ranks import Coordinates
-from paceline.comm.replica import Finish, Replica, Vote
+from paceline.comm.replica import Finish, Replica, Shard, Vote
 from paceline.comm.world import World, enter
 from paceline.config import Config
 from paceline.errors import PlanError
@@ -23,8 +23,9 @@ from paceline.plan.precision import PRECISIONS, Precision
 from paceline.train.assemble import Parts, put_together
 from paceline.train.memory import peak_bytes, reset_peak, used_bytes
 from paceline.train.replica import ModuleReplica
-from paceline.train.state import part_of
+from paceline.train.state import placed
 from paceline.train.trainer import Loop
+from paceline.verify.compare import Boxes
 from paceline.verify.double import in_double
 from paceline.verify.routing import Routes, Routing, narrowest
 from paceline.verify.subject import Subject
@@ -37,8 +38,19 @@ Half = tuple[Config, int]
 """A run, and the step after which it ends before its time."""
 
 
-def probe(member: Member, halves: list[Half], subject: Subject, precision: str, folder: str) -> dict[str, Any]:
-    """Run one rank of a case; its boxes go to ``folder``. Returns scalars, or why the case was refused."""
+def gradient_of(step: int) -> str:
+    """What the gradients of a step are called among the boxes."""
+    return "gradient" if step == 1 else f"gradient in step {step}"
+
+
+def probe(
+    member: Member, halves: list[Half], subject: Subject, precision: str, folder: str, given: str | None = None
+) -> dict[str, Any]:
+    """Run one rank of a case; its boxes go to ``folder``. Returns scalars, or why the case was refused.
+
+    ``given``: where the optimizer is on trial too, the folder with the gradients of all steps that it is to get in
+    place of those that were computed, which are kept; empty for the run that these are of.
+    """
     config, _ = halves[0]
     coordinates = Coordinates.of(
         member.index,
@@ -48,10 +60,12 @@ def probe(member: Member, halves: list[Half], subject: Subject, precision: str, 
         local_ranks=member.size,
     )
     device = claim(coordinates)
+    if given is not None:
+        torch.set_num_threads(1)  # decompositions round otherwise on two, and some optimizers make steps of roundings
     store = member.store if member.size > 1 else None
     reset_peak(device.torch_device)
     before_bytes = used_bytes(device.torch_device)
-    told = _Told(PRECISIONS[precision])
+    told = _Told(PRECISIONS[precision], given)
     with ExitStack() as stack:
         grid = Grid.of(config.layout)
         world = stack.enter_context(enter(coordinates, device, store, grid, timeout_s=60.0, loopback=True))
@@ -95,8 +109,10 @@ def _train(config: Config, until: int, world: World, subject: Subject, told: "_T
 class _Told:
     """What a rank tells: losses, and boxes of full tensors that it held at some point."""
 
-    def __init__(self, precision: Precision) -> None:
+    def __init__(self, precision: Precision, given: str | None) -> None:
         self.precision = precision
+        self._keeps_all = given is not None
+        self._given = Boxes(Path(given)).full() if given else None
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.evaluations: list[float] = []
@@ -122,15 +138,34 @@ class _Told:
         self._sent_bytes -= self._sent_so_far()
         self._routing.is_on = not self.losses
 
+    def at_end(self) -> None:
+        """A pass ends: the step's own, or another one that its optimizer asked for."""
+        self._sent_bytes += self._sent_so_far()
+
     def at_finish(self) -> None:
         """Gradients are as they are before clipping; one that is missing is told as such."""
-        self._sent_bytes += self._sent_so_far()
+        what = gradient_of(len(self.losses) + 1)
         if not self.losses:
             self._routing.is_on = False
             self._routes = self._routing.routes if self._world.mesh.tensor.index == 0 else {}
+        if not self.losses or self._keeps_all:
             for shard in self._replica.shards:
                 if shard.gradient is not None:
-                    self._keep("gradient", shard.name, shard.parameter.grad)
+                    self._keep(what, shard.name, shard.parameter.grad)
+        if self._keeps_all:
+            for shard in self._replica.shards:
+                gradient = shard.gradient if self._given is None else self._part_of_given(what, shard)
+                shard.set_gradient(None)  # so that the new one has the parameter's dtype, whatever this layout's had
+                shard.set_gradient(gradient)
+
+    def _part_of_given(self, what: str, shard: Shard) -> Tensor | None:
+        full = self._given.get((what, shard.name)) if self._given else None
+        if full is None:
+            return None
+        local = torch.zeros_like(shard.local)
+        for block in self._replica.full.part(shard.name).blocks:
+            block.of(local).copy_(block.of_full(full))
+        return local
 
     def parameters(self, step: int) -> None:
         """Keep the parameters after a step."""
@@ -160,7 +195,7 @@ class _Told:
 
     def _keep(self, what: str, name: str, tensor: Tensor | None) -> None:
         assert tensor is not None
-        state = part_of(tensor, name, self._replica)
+        state = placed(tensor, name, self._replica)
         for i, block in enumerate(state.blocks):
             key = f"{what}/{name}/{i}"
             self._boxes[key] = block.of(state.tensor).cpu().clone().contiguous()
@@ -183,8 +218,12 @@ class _Watching:
         return targets
 
     def update(self, replica: Replica) -> Finish:
-        """See ``Sync``."""
-        finish: Finish = self._sync.update(_Watched(replica, self._told))
+        """See ``Sync``; of the passes of a step only its own ends in the replica itself."""
+        if isinstance(replica, ModuleReplica):
+            finish: Finish = self._sync.update(_Watched(replica, self._told))
+        else:
+            finish = self._sync.update(replica)
+        self._told.at_end()
         return finish
 
 

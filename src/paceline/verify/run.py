@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from paceline.checkpoint.folder import step_name
-from paceline.config import Config, LayoutConfig, LossScaleConfig
+from paceline.config import Config, LayoutConfig, LossScaleConfig, Options, strategy_name
 from paceline.errors import ConfigError, PlanError, WorkerError
 from paceline.plan.precision import PRECISIONS
 from paceline.plan.run import plan_run
@@ -44,6 +44,8 @@ class Row:
     """What became of one layout."""
 
     layout: str
+    optimizer: str = "sgd"
+    """What made the updates."""
     verdict: str
     """``equal``, ``DIFFERS``, ``by chance`` (other random numbers are drawn), ``by batch`` (micro-batches of its
     size differ in one process too), ``refused`` or ``failed``."""
@@ -57,15 +59,20 @@ class Row:
     def text(self, width: int = 0) -> str:
         """A line of the table, whose first column has ``width``."""
         if self.difference is None:
-            return f"{self.layout:<{width}}  {self.verdict}: {self.reason}"
+            return f"{self.name:<{width}}  {self.verdict}: {self.reason}"
         d = self.difference
         numbers = (
             f"{d.loss:>9.0e}{d.gradient.error:>10.0e}{d.parameter.error:>11.0e}{d.loss_at_end:>11.0e}"
             f"{self.sent_bytes / 1024:>10,.1f}{self.memory_bytes / 2**20:>6,.0f}{self.tokens_per_s:>10,.0f}"
         )
-        return f"{self.layout:<{width}}{numbers}  {self.verdict:<7}  {d.gradient.name}" + (
+        return f"{self.name:<{width}}{numbers}  {self.verdict:<7}  {d.gradient.name}" + (
             f": {self.reason}" if self.reason else ""
         )
+
+    @property
+    def name(self) -> str:
+        """What the first column says."""
+        return named(self.layout, self.optimizer)
 
     @property
     def is_good(self) -> bool:
@@ -94,13 +101,20 @@ class Table:
 
     def text(self) -> str:
         """For a person."""
-        proven = sum(row.verdict == "equal" for row in self.rows)
-        refused = sum(row.verdict == "refused" for row in self.rows)
-        bad = len(self.rows) - proven - refused
+        layouts = {row.layout: [other for other in self.rows if other.layout == row.layout] for row in self.rows}
+        refused = sum(any(row.verdict == "refused" for row in rows) for rows in layouts.values())
+        bad = sum(not all(row.is_good for row in rows) for rows in layouts.values())
+        others = sorted({row.optimizer for row in self.rows} - {"sgd"})
+        updates = f" and of {', '.join(others)}" if others else ""
         return (
-            f"\n{proven} layout(s) equal to one process, {refused} refused, {bad} wrong: {self.model}, {self.dtype}, "
-            f"{STEPS} steps of SGD, every gradient and parameter of every rank"
+            f"\n{len(layouts) - refused - bad} layout(s) equal to one process, {refused} refused, {bad} wrong: "
+            f"{self.model}, {self.dtype}, {STEPS} steps of SGD{updates}, every gradient and parameter of every rank"
         )
+
+
+def named(layout: str, optimizer: str) -> str:
+    """A layout and, if it is not that of all proofs, an optimizer."""
+    return layout if optimizer == "sgd" else f"{layout} with {optimizer}"
 
 
 def verify(
@@ -116,6 +130,10 @@ def verify(
 
     ``layouts`` as ``cases.parse`` reads them; by default the config's own, or ``all`` for a config of one process.
     Cases of more than ``ranks`` ranks are left out of ``all`` and ``pairs``, and refused where they were named.
+
+    Gradients are compared in a run of SGD, which hides nothing. A config's optimizer that updates each value by itself
+    cannot see how a tensor was cut. One that looks further is judged in a second run of each case, by its updates on
+    equal gradients: such methods divide by the gradient's own size, and make steps of its roundings.
     """
     if dtype not in PRECISIONS:
         raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(PRECISIONS)}")
@@ -130,18 +148,19 @@ def verify(
         raise ConfigError(f"layouts: {large[0]} has more than {ranks} ranks; say --ranks for more")
     if not cases:
         raise ConfigError(f"layouts={layouts!r} names no layout")
+    own_optimizer: Any = config.optimizer
+    optimizers = [None] if own_optimizer.sees == "values" else [None, config.optimizer]
     rows = []
-    with (
-        Pool(max(1, *(case.ranks for case in cases)), PRELOAD) as pool,
-        Trial(config, pool, dtype=dtype, full=full) as trial,
-    ):
-        if layouts == "all" and not trial.is_mixture:
-            cases = [case for case in cases if case.layout.expert == 1]
-        width = max(len(case.name) for case in cases)
-        say(f"{'layout':<{width}}{HEADER}")
-        for case in cases:
-            rows.append(trial.judge(case))
-            say(rows[-1].text(width))
+    with Pool(max(1, *(case.ranks for case in cases)), PRELOAD) as pool:
+        for optimizer in optimizers:
+            with Trial(config, pool, dtype=dtype, full=full, optimizer=optimizer) as trial:
+                if layouts == "all" and not trial.is_mixture:
+                    cases = [case for case in cases if case.layout.expert == 1]
+                width = max(len(named(case.name, trial.optimizer)) for case in cases)
+                say(f"{'layout':<{width}}{HEADER}")
+                for case in cases:
+                    rows.append(trial.judge(case))
+                    say(rows[-1].text(width))
     model = f"{trial.subject.source.family}{'' if full else ', made small'}"
     return Table(rows=tuple(rows), dtype=dtype, model=model, named=not sweep)
 
@@ -150,22 +169,36 @@ class Trial:
     """A model that was trained in one process, to judge layouts by.
 
     A layout trains the first half of the steps and saves; the second half is trained by a new start of it, from what
-    the layout before it saved at that step.
+    the layout before it saved at that step. With an ``optimizer`` in place of SGD that is what is judged: under each
+    layout it gets the gradients of one process.
     """
 
     def __init__(
-        self, config: Config, pool: Pool, *, dtype: str = "fp64", full: bool = False, steps: int = STEPS
+        self,
+        config: Config,
+        pool: Pool,
+        *,
+        dtype: str = "fp64",
+        full: bool = False,
+        steps: int = STEPS,
+        optimizer: Options | None = None,
     ) -> None:
         self.subject = Subject.of(config, full=full)
         self._config, self._pool, self._dtype, self._full = _in_precision(config, dtype), pool, dtype, full
         self._temporary = tempfile.TemporaryDirectory(prefix="paceline-verify-")
         self._folder = Path(self._temporary.name)
+        self._exact: Trial | None = None
         self._steps, self._half = steps, steps // 2
-        (self._own_run,) = self._run(1, [(self._alone("one"), steps)])
+        self._optimizer = optimizer
+        self.optimizer = "sgd" if optimizer is None else strategy_name(optimizer)
+        (self._own_run,) = self._run(1, [(self._alone("one"), steps)], given="")
+        if "refused" in self._own_run:
+            self.__exit__()
+            raise PlanError(self._own_run["refused"])
         self._own = Boxes(self._boxes).full()
+        self._given = shutil.copytree(self._boxes, self._folder / "given") if self._gives else None
         self._saved = self._own_saved = self._kept(self._folder / "one", self._folder / "own")
         self._bounds = bounds_of(dtype, self._own_run["blocks"])
-        self._exact: Trial | None = None
         if PRECISIONS[dtype].compute_bytes == 2:
             self._bounds = replace(self._bounds, saved=max(self._bounds.saved, 3 * self._drift()))
             self._check_bound()
@@ -180,7 +213,7 @@ class Trial:
         if self._dtype == "fp64" or self._own_run["narrowest"] >= NEAR_TIE:
             return self._judge(case)
         if self._exact is None:
-            self._exact = Trial(self._config, self._pool, full=self._full, steps=self._steps)
+            self._exact = Trial(self._config, self._pool, full=self._full, steps=self._steps, optimizer=self._optimizer)
         row = self._exact._judge(case)
         return replace(row, reason="; ".join(filter(None, ("near ties in routing, so judged in fp64", row.reason))))
 
@@ -190,19 +223,19 @@ class Trial:
             shutil.rmtree(folder, ignore_errors=True)
         try:
             halves = [
-                (case.config(self._config, steps=self._steps, output=first), self._half),
-                (case.config(self._config, steps=self._steps, output=second, resumed=True), self._steps),
+                (self._of(case, first), self._half),
+                (self._of(case, second, resumed=True), self._steps),
             ]
             for config, _ in halves:
                 plan_run(config)
             shutil.copytree(self._saved, second / "checkpoints")
-            runs = self._run(case.ranks, halves)
+            runs = self._run(case.ranks, halves, given=str(self._given) if self._given else None)
         except PlanError as error:
-            return Row(layout=case.name, verdict="refused", reason=str(error))
+            return self._row(case, "refused", str(error))
         except WorkerError as error:
-            return Row(layout=case.name, verdict="failed", reason=str(error).strip().splitlines()[-1])
+            return self._row(case, "failed", str(error).strip().splitlines()[-1])
         if refusals := [run["refused"] for run in runs if "refused" in run]:
-            return Row(layout=case.name, verdict="refused", reason=refusals[0])
+            return self._row(case, "refused", refusals[0])
         difference = compare(self._own, self._own_run, self._boxes, runs, self._bounds)
         wrong = (*difference.wrong, *compare_saved(self._own_saved, first / "checkpoints", self._half, self._bounds))
         if not wrong:
@@ -215,10 +248,8 @@ class Trial:
                 f"in one process too, micro-batches of {rows} row(s) differ: what is beside a row changes what it gives"
             )
             verdict, wrong = "by batch", (said, *wrong)
-        return Row(
-            layout=case.name,
-            verdict=verdict,
-            reason="; ".join(wrong[:3]),
+        return replace(
+            self._row(case, verdict, "; ".join(wrong[:3])),
             difference=difference,
             sent_bytes=max(run["sent_bytes"] for run in runs),
             memory_bytes=max(run["memory_bytes"] for run in runs),
@@ -254,17 +285,27 @@ class Trial:
     def _boxes(self) -> Path:
         return self._folder / "boxes"
 
+    @property
+    def _gives(self) -> bool:
+        """Whether layouts get the gradients of one process; one that looks at the loss makes its own."""
+        optimizer: Any = self._optimizer
+        return optimizer is not None and optimizer.sees != "loss"
+
+    def _row(self, case: Case, verdict: str, reason: str) -> Row:
+        return Row(layout=case.name, optimizer=self.optimizer, verdict=verdict, reason=reason)
+
+    def _of(self, case: Case, output: Path, *, resumed: bool = False) -> Config:
+        return case.config(self._config, steps=self._steps, output=output, resumed=resumed, optimizer=self._optimizer)
+
     def _alone(self, name: str) -> Config:
-        return Case(layout=LayoutConfig(), accumulate=1).config(
-            self._config, steps=self._steps, output=self._folder / name
-        )
+        return self._of(Case(layout=LayoutConfig(), accumulate=1), self._folder / name)
 
     def _drift(self) -> float:
         """What roundings alone come to in saved states, of which no depth tells: one process, its batches in other
         micro-batches, is so far from itself."""
         case = Case(layout=LayoutConfig(), accumulate=3)
         output = self._folder / "drift"
-        self._run(1, [(case.config(self._config, steps=self._steps, output=output), self._half)])
+        self._run(1, [(self._of(case, output), self._half)], given=str(self._given))
         return saved_distance(self._own_saved, output / "checkpoints", self._half, self._bounds.floor)
 
     def _check_bound(self) -> None:
@@ -277,10 +318,13 @@ class Trial:
                 f"alone may come to {self._bounds.gradient:.1e}: {self._dtype} proves nothing on this model. Use fp64"
             )
 
-    def _run(self, ranks: int, halves: list[Half], subject: Subject | None = None) -> list[dict[str, Any]]:
+    def _run(
+        self, ranks: int, halves: list[Half], subject: Subject | None = None, *, given: str | None = None
+    ) -> list[dict[str, Any]]:
         shutil.rmtree(self._boxes, ignore_errors=True)
         self._boxes.mkdir()
-        arguments = (halves, subject or self.subject, self._dtype, str(self._boxes))
+        given = given if self._gives else None
+        arguments = (halves, subject or self.subject, self._dtype, str(self._boxes), given)
         return self._pool.run(probe, ranks, *arguments, timeout_s=300.0)
 
     def _kept(self, run: Path, folder: Path) -> Path:

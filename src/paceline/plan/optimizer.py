@@ -1,0 +1,61 @@
+"""What an optimizer does not go with, as far as the config says it."""
+
+from typing import Any
+
+from paceline.config import Config, strategy_name
+from paceline.errors import PlanError
+from paceline.plan.precision import PRECISIONS
+
+CUTS = ("shard", "tensor", "pipeline", "context")
+
+
+def check_optimizer(config: Config) -> None:
+    """Raise ``PlanError`` for a layout, a schedule or a setting with which the optimizer would not do what it is."""
+    optimizer: Any = config.optimizer
+    average: Any = config.average
+    name, schedule = f"optimizer={strategy_name(config.optimizer)}", strategy_name(config.schedule)
+    if optimizer.schedule not in {None, schedule}:
+        raise PlanError(
+            f"{name} averages weights in place of a schedule, and schedule={schedule} would do it again. Use "
+            f"schedule={optimizer.schedule}, with its warmup_steps"
+        )
+    precision = PRECISIONS.get(config.precision)  # none for auto, which the device decides
+    if optimizer.averages and precision is not None and precision.is_pure:
+        raise PlanError(
+            f"precision={config.precision}: {name} finds its averages from weights that may not be rounded. Use "
+            "precision=bf16"
+        )
+    if optimizer.averages and average.keeps:
+        raise PlanError(
+            f"average={strategy_name(config.average)}: {name} keeps an average of its own, which is what is measured and "
+            "exported. Use average=none"
+        )
+    if optimizer.averages and config.perturb is not None:
+        raise PlanError(f"perturb: {name} computes its average from weights that only it may move. Leave perturb out")
+    if optimizer.sees != "loss":
+        return
+    for axis in CUTS:
+        if (size := getattr(config.layout, axis)) > 1:
+            raise PlanError(
+                f"layout.{axis}={size}: {name} looks at the loss of the whole model again and again, which a part of "
+                "it does not have. Use replicas, or another optimizer"
+            )
+    if config.train.clip_norm is not None:
+        raise PlanError(
+            f"train.clip_norm={config.train.clip_norm}: {name} compares gradients with each other and with the loss, "
+            "and a clipped one is another. Use train.clip_norm=null"
+        )
+    if precision is not None and precision.compute_bytes == 2:
+        raise PlanError(f"precision={config.precision}: {needs_fp32(name)}")
+    if optimizer.differentiates_twice and config.train.compile:
+        raise PlanError(f"train.compile=true: {name} differentiates twice, which compiled blocks do not. Use false")
+    if optimizer.differentiates_twice and config.layout.recompute != "none":
+        raise PlanError(
+            f"layout.recompute={config.layout.recompute}: {name} differentiates twice, for which all activations are "
+            "needed at once. Use recompute=none"
+        )
+
+
+def needs_fp32(name: str) -> str:
+    """Why, and how to mend it."""
+    return f"{name} compares losses that differ by less than 16 bits can tell. Use precision=fp32"
