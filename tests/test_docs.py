@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 import config_reference
-import schedules_reference
 import optimizer_table
+import schedules_reference
 
 
 def leaves(item: Any) -> list[str]:

@@ -7,6 +7,7 @@ from paceline.optim import elementwise
 from paceline.optim.adabelief import AdaBelief
 from paceline.optim.elementwise import in_cache
 from paceline.optim.lion import Lion
+from paceline.optim.sgd import SGD
 
 
 def test_every_value_is_taken_once_with_those_that_belong_to_it(monkeypatch):

@@ -27,7 +27,7 @@ def check_optimizer(config: Config) -> None:
         )
     if optimizer.averages and average.keeps:
         raise PlanError(
-            f"average={strategy_name(config.average)}: {name} keeps an average of its own, which is what is measured and "
+            f"average={strategy_name(config.average)}: {name} keeps an average of its own, which is measured and "
             "exported. Use average=none"
         )
     if optimizer.averages and config.perturb is not None:
