@@ -18,9 +18,10 @@
 #include <cstring>
 #include <vector>
 
+#include "bf16.h"
+
 using at::native::cpublas::brgemm;
 using Bf16 = at::BFloat16;
-using Bits = uint16_t;  // of a bf16
 
 namespace {
 
@@ -41,30 +42,6 @@ struct View {  // of a (B, position, head, width) tensor
 };
 
 const Bf16* as_bf16(const void* x) { return static_cast<const Bf16*>(x); }
-
-// e^x for x <= 0 to about one part in 10^7, which is 0 below -87: a polynomial for the fraction of the power of two.
-inline float exponential(float x) {
-    float power = std::max(x, -87.0f) * 1.44269504f;
-    float whole = std::nearbyint(power), f = power - whole;
-    float p = 1.54035304e-4f;
-    p = p * f + 1.33335581e-3f;
-    p = p * f + 9.61812911e-3f;
-    p = p * f + 5.55041087e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147181e-1f;
-    p = p * f + 1.0f;
-    int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
-}
-
-inline Bits rounded(float x) {  // to the nearest, ties to even; what is not a number stays so
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    Bits near = static_cast<Bits>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : near;
-}
 
 int64_t even(int64_t n) { return n + (n & 1); }
 

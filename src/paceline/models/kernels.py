@@ -15,6 +15,8 @@ import torch
 from paceline.data.cache import default_folder, entry
 from paceline.errors import PlanError
 
+HEADERS = Path(__file__).parent
+"""Where those of our own are, which kernels may include."""
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++20", "-shared", "-fPIC")
 LIBRARY = "kernel.so"
 
@@ -44,13 +46,21 @@ def library(source: Path, what: str) -> ctypes.CDLL:
     compiler = require_compiler(what)
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     identity = hashlib.blake2b(digest_size=12)
-    for part in (source.read_bytes(), version, torch.__version__.encode(), " ".join(FLAGS).encode(), _processor()):
+    headers = [header.read_bytes() for header in sorted(HEADERS.glob("*.h"))]
+    for part in (
+        source.read_bytes(),
+        *headers,
+        version,
+        torch.__version__.encode(),
+        " ".join(FLAGS).encode(),
+        _processor(),
+    ):
         identity.update(part)
 
     def compile_into(folder: Path) -> None:
         torch_folder = Path(torch.__file__).parent
-        command = [compiler, *FLAGS, f"-I{torch_folder / 'include'}", str(source), f"-L{torch_folder / 'lib'}"]
-        command += ["-ltorch_cpu", "-lc10", "-o", str(folder / LIBRARY)]
+        command = [compiler, *FLAGS, f"-I{HEADERS}", f"-I{torch_folder / 'include'}", str(source)]
+        command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(folder / LIBRARY)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])

@@ -27,6 +27,7 @@ from paceline.models.heads import Head
 from paceline.objectives.cross_entropy import NO_TARGET, summed_cross_entropy
 from paceline.objectives.deferred import DeferredLogits, deferring
 from paceline.objectives.drawn import Draw, drawn_labels
+from paceline.objectives.fused_cross_entropy import fuses_loss
 from paceline.objectives.head_cross_entropy import head_cross_entropy
 from paceline.objectives.vocabulary import vocabulary_cut
 
@@ -134,7 +135,7 @@ def token_loss(model: nn.Module, batch: Batch) -> Tensor:
         logits_NV = logits_BSV.flatten(0, -2).to(torch.promote_types(logits_BSV.dtype, torch.float32))
         return F.cross_entropy(logits_NV, labels_BS.flatten(), ignore_index=NO_TARGET, reduction="sum")
     if isinstance(logits_BSV, DeferredLogits):
-        return head_cross_entropy(*logits_BSV.parts(), labels_BS, cut, scale=batch.scale)
+        return head_cross_entropy(*logits_BSV.parts(), labels_BS, cut, scale=batch.scale, fused=fuses_loss(model))
     return summed_cross_entropy(logits_BSV, labels_BS, cut)
 
 

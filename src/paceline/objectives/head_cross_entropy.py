@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from paceline.objectives.cross_entropy import NO_TARGET, over_ranks, own_columns
+from paceline.objectives.fused_cross_entropy import fused_cross_entropy
 from paceline.objectives.vocabulary import VocabularyCut
 
 CPU_CHUNK = 1 << 22
@@ -34,20 +35,22 @@ def head_cross_entropy(
     cut: VocabularyCut | None = None,
     *,
     scale: float = 1.0,
+    fused: bool = False,
 ) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T + bias)[label] over all positions whose label is not -100.
 
     ``hidden`` (B, S, D) or (N, D), ``weight`` (V, D) and ``bias`` (V,) of one floating dtype, in which the logits are;
     ``labels`` (B, S) or (N,) int64. With ``cut`` the head has this rank's entries and padding, the labels are of the
     whole vocabulary, and all ranks get the same sum, though of the gradient of ``hidden`` each has its part. ``scale``:
-    what the sum's own gradient is expected to be, with which gradients in fp16 are held until it comes. Returns a
-    scalar, computed in fp32 (fp64 for fp64); exactly 0 where no position has a target. Differentiable once. Raises
-    ``IndexError`` or ``RuntimeError`` for a label outside the vocabulary.
+    what the sum's own gradient is expected to be, with which gradients in fp16 are held until it comes. ``fused``: by
+    one kernel where the vocabulary is not cut, of a model that ``fuses_loss``. Returns a scalar, computed in fp32 (fp64
+    for fp64); exactly 0 where no position has a target. Differentiable once. Raises ``IndexError`` or ``RuntimeError``
+    for a label outside the vocabulary.
     """
     learns = torch.is_grad_enabled()
     given = hidden.flatten(0, -2), weight, bias, labels.flatten()
     ahead = scale if hidden.dtype is torch.float16 else 1.0
-    total: Tensor = _HeadCrossEntropy.apply(*given, cut, learns, ahead)  # type: ignore[no-untyped-call]
+    total: Tensor = _HeadCrossEntropy.apply(*given, cut, learns, ahead, fused and cut is None)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -62,6 +65,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         cut: VocabularyCut | None,
         learns: bool,
         scale: float,
+        fused: bool,
     ) -> Tensor:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         targets_T = (labels_N != NO_TARGET).nonzero().squeeze(1)
@@ -76,7 +80,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             chunk_C = targets_T[begin : begin + rows]
             hidden_CD = hidden_ND[chunk_C]
             logits_CV = F.linear(hidden_CD, own_VD, own_V)
-            losses_C1, grad_CV = _chunk(logits_CV, labels_N[chunk_C].unsqueeze(1), cut, any(wanted))
+            losses_C1, grad_CV = _chunk(logits_CV, labels_N[chunk_C].unsqueeze(1), cut, any(wanted), fused)
             losses_T1[begin : begin + rows] = losses_C1
             if grad_CV is not None:
                 del logits_CV
@@ -90,7 +94,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         rest = grad_total / ctx.scale  # 1 where it is what was expected
         grads = (None if grad is None else grad * rest for grad in ctx.saved_tensors)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 class _Gradients:
@@ -123,9 +127,13 @@ class _Gradients:
 
 
 def _chunk(
-    logits_CV: Tensor, labels_C1: Tensor, cut: VocabularyCut | None, learns: bool
+    logits_CV: Tensor, labels_C1: Tensor, cut: VocabularyCut | None, learns: bool, fused: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The losses of some rows (C, 1), and if it ``learns`` the gradient of their sum (C, V), in fp32 or more."""
+    """The losses of some rows (C, 1), and if it ``learns`` the gradient of their sum (C, V), in fp32 or more, or
+    ``fused`` in place of the logits."""
+    if fused:
+        losses_C1 = fused_cross_entropy(logits_CV, labels_C1.squeeze(1), learns=learns)
+        return losses_C1, logits_CV if learns else None
     dtype = torch.promote_types(logits_CV.dtype, torch.float32)
     if cut is None:
         columns_C1, is_own_C1 = labels_C1, torch.ones_like(labels_C1)

@@ -12,6 +12,7 @@ from paceline.config import LayoutConfig, LossScaleConfig, strategy_name
 from paceline.errors import PlanError
 from paceline.models.attention import FUSED, MATMUL
 from paceline.objectives.base import Batch, Objective, ObjectiveContext, ObjectiveOptions
+from paceline.objectives.fused_cross_entropy import fuse_loss
 from paceline.optim.base import OptimizerConfig, check_groups
 from paceline.parallel.balance import balanced, check_routers
 from paceline.parallel.compiled import SELECTIVE, compile_blocks
@@ -117,6 +118,7 @@ def build(
         recompute(model, layout.recompute, dropout)
     if compiled:
         compile_blocks(model, keep=SELECTIVE if compiled_selective else 1.0)
+        fuse_loss(model, dtype=getattr(torch, precision.compute), device=device)
     experts = tuple(dict.fromkeys(name.rpartition(".")[0] for name in dealt))
     dtype, pure = getattr(torch, precision.compute), precision.is_pure
     states: States = (
