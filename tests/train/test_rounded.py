@@ -119,7 +119,7 @@ def learns_in_bf16(name):
     return options.sees != "loss" and not options.averages
 
 
-@pytest.mark.parametrize("name", filter(learns_in_bf16, registry.OPTIMIZERS))
+@pytest.mark.parametrize("name", list(filter(learns_in_bf16, registry.OPTIMIZERS)))
 def test_every_optimizer_is_what_it_is_in_fp32_rounded(name, monkeypatch):
     """A step in fp32 from the same weights lies between the result and a neighbour of it in bf16."""
     monkeypatch.setattr(rounded, "CHUNK", 40)  # several chunks
