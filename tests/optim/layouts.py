@@ -82,7 +82,7 @@ class Trained:
                 replica.passes = problem.Bowl(replica.local, step)
             if isinstance(replica.optimizer, Estimating) and replica.optimizer.estimates_at(step + 1):
                 self._give(problem.gradients(500 + step))
-                replica.lend_gradients()
+                replica.lend_gradients(1.0)
                 replica.optimizer.estimate(problem.TARGETS)
                 replica.clear_gradients()
             if not isinstance(replica.optimizer, Searching):
@@ -103,13 +103,13 @@ class Trained:
         writer = Checkpointer(
             Path(folder), rank=stage.index, ranks=stage.size, exchange=exchange or LocalExchange(), layout={}
         )
-        tensors = state.tensors(self.model, self.replica, self.sync, (0, 1))
+        tensors = state.tensors(self.model, self.replica, self.sync, (0, 1), average={})
         writer.save(step, state.owned(tensors, self.replica), {})
         writer.wait()
 
     def restore(self, folder, step):
         with load(Path(folder), step) as checkpoint:
-            state.restore(self.model, self.replica, self.sync, (0, 1), checkpoint, {})
+            state.restore(self.model, self.replica, self.sync, (0, 1), checkpoint, {}, average={})
 
     def boxes(self):
         """What this rank holds: name, start in the full tensor, values."""
