@@ -51,6 +51,8 @@ class Setting:
     recompute: str = "none"
     """Of paceline: what of the activations is computed again."""
     processes: int = 1
+    micro_batches: int = 1
+    """Of a step, on each process."""
 
     @property
     def is_ours(self) -> bool:
@@ -62,15 +64,18 @@ SETTINGS: dict[str, Setting] = {
     "paceline": Setting(program="paceline"),
     "paceline-compiled": Setting(program="paceline", compiled=True),
     "paceline-selective": Setting(program="paceline", compiled=True, recompute="selective"),
+    "paceline-micro": Setting(program="paceline", compiled=True, micro_batches=2),
     "paceline-2p": Setting(program="paceline", processes=2),
     "paceline-2p-compiled": Setting(program="paceline", processes=2, compiled=True),
     "trainer-fp32": Setting(program="trainer", bf16=False),
     "trainer": Setting(program="trainer"),
     "trainer-compiled": Setting(program="trainer", compiled=True),
+    "trainer-micro": Setting(program="trainer", compiled=True, micro_batches=2),
     "trainer-2p": Setting(program="trainer", processes=2),
     "trainer-2p-compiled": Setting(program="trainer", processes=2, compiled=True),
     "loop": Setting(program="loop"),
     "loop-compiled": Setting(program="loop", compiled=True),
+    "loop-micro": Setting(program="loop", compiled=True, micro_batches=2),
 }
 
 
@@ -79,7 +84,11 @@ def config(output: str, *, steps: int, setting: Setting, point: Point) -> dict[s
     return {
         "model": {"preset": point.model},
         "data": DATA,
-        "batch": {"sequences": point.sequences, "sequence_tokens": point.sequence_tokens},
+        "batch": {
+            "sequences": point.sequences,
+            "sequence_tokens": point.sequence_tokens,
+            "micro": rows(setting, point),
+        },
         "optimizer": {"name": "adamw", "lr": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY},
         "schedule": "constant",
         "precision": "bf16" if setting.bf16 else "fp32",
@@ -89,6 +98,11 @@ def config(output: str, *, steps: int, setting: Setting, point: Point) -> dict[s
         "track": {"display": "none", "tensorboard": False},
         "seed": SEED,
     }
+
+
+def rows(setting: Setting, point: Point) -> int:
+    """Sequences of one forward pass."""
+    return max(1, point.sequences // setting.processes // setting.micro_batches)
 
 
 class Clock:
@@ -147,7 +161,8 @@ def run_trainer(setting: Setting, point: Point, steps: int, output: Path) -> tup
     arguments = transformers.TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
-        per_device_train_batch_size=point.sequences // setting.processes,
+        per_device_train_batch_size=rows(setting, point),
+        gradient_accumulation_steps=setting.micro_batches,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         adam_beta1=BETAS[0],
@@ -188,13 +203,14 @@ def run_loop(setting: Setting, point: Point, steps: int, output: Path) -> tuple[
     loader = torch.utils.data.DataLoader(dataset, batch_size=point.sequences, shuffle=True, generator=generator)
     total = 0.0
     for _, batch in zip(range(steps), loader, strict=False):
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-            loss = forward(**batch).loss
-        loss.backward()
+        for ids in batch["input_ids"].split(rows(setting, point)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+                loss = forward(input_ids=ids, labels=ids).loss / setting.micro_batches
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        total += loss.item()
         clock.tick()
     return clock, total / steps
 
