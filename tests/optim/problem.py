@@ -64,8 +64,9 @@ def build(options, held):
 def run(options, steps, held=None, optimizer=None, begin=0, without=()):
     """Steps with these gradients; ``without``: pairs of a step and a name that has no gradient in it."""
     held = parameters() if held is None else held
+    before = rate(begin - 1) if optimizer else 1.0
     optimizer = optimizer or build(options, held)
-    peaks = [group["lr"] / rate(begin - 1) if begin else group["lr"] for group in optimizer.param_groups]
+    peaks = [group["lr"] / before for group in optimizer.param_groups]
     for step in range(begin, begin + steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * rate(step)

@@ -89,6 +89,18 @@ def test_a_parameter_without_a_gradient_is_left_alone(name):
             assert p.equal(plain[n]), n
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS.load(name).sees == "values"])
+def test_a_parameter_whose_first_gradient_comes_late_learns_from_then_on(name):
+    """As if the steps before had not been; and one may never have any, as an expert that is not chosen."""
+    late, never = "model.layers.0.up.weight", "model.layers.1.norm.weight"
+    without = [(0, late), (1, late), *((step, never) for step in range(5))]
+    held, _ = run(options_of(name), 5, without=without)
+    alone = {late: parameters()[late]}
+    run(options_of(name), 3, alone, begin=2)
+    torch.testing.assert_close(held[late], alone[late], rtol=FP64_EQUAL, atol=FP64_EQUAL)
+    assert held[never].equal(parameters()[never])
+
+
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS.load(name).sees == "loss"])
 def test_one_that_looks_at_the_loss_leaves_a_parameter_without_a_gradient_where_it_is(name):
     held = {**parameters(), "unused": torch.nn.Parameter(torch.ones(3, dtype=torch.float64))}

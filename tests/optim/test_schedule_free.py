@@ -68,7 +68,7 @@ def test_a_schedule_beside_it_is_refused():
         choose(OPTIMIZERS, {"name": "schedule_free_adamw", "betas": [0, 0.9]})
 
 
-@pytest.mark.parametrize(("key", "value"), [("average", "ema"), ("perturb", {"at": [3]})])
+@pytest.mark.parametrize(("key", "value"), [("average", "ema"), ("perturb", {"at": [3], "shrink": 0.8, "noise": 0.1})])
 def test_what_would_average_or_move_the_weights_beside_it_is_refused(key, value):
     with pytest.raises(PlanError, match=f"^{key}"):
         plan_run(config("schedule_free_adamw", **{key: value}))

@@ -52,7 +52,10 @@ OVERRIDES = {
     "micro-batch above the share": (["batch.micro=9"], "batch.micro=9 is more than a rank's share of 4"),
     "a layout that is not built": (["layout.expert=2"], "layout.expert=2"),
     "more tensor ranks than heads": (["layout.tensor=4"], "tensor="),
-    "an optimizer of whole matrices": (["layout.shard=2", "optimizer={name: muon}"], "that Muon needs whole"),
+    "an optimizer that looks at the loss": (
+        ["layout.shard=2", "optimizer={name: lbfgs}"],
+        "layout.shard=2: optimizer=lbfgs looks at the loss of the whole model again and again",
+    ),
     "more stages than blocks": (["layout.pipeline=4", "batch.micro=1"], "Use"),
     "dropout where blocks are compiled": (
         ["train.compile=true", "model.config.attention_dropout=0.1"],

@@ -67,6 +67,7 @@ def test_it_ends_where_the_loss_runs_away(folder):
         (["--from", "0.1", "--to", "0.01"], "ConfigError: from 0.1 to 0.01 in 100 steps: expected 0 < from < to"),
         (["optimizer={name: sgd}", "train.clip_norm=null", "--from", "1e30", "--to", "1e31"], "use a lower --from"),
         (["layout.tensor=3"], "PlanError"),
+        (["optimizer=schedule_free_adamw", "schedule=constant"], "Try rates with optimizer=adamw"),
     ],
 )
 def test_what_cannot_be_tested_is_refused_in_one_line(folder, words, expected):

@@ -10,6 +10,7 @@ from meshes import replica
 from paceline import registry
 from paceline.comm.mesh import Mesh
 from paceline.comm.replica import local_part
+from paceline.models.chance import stream_seed
 from paceline.optim.adamw import AdamW
 from paceline.optim.sgd import SGD
 from paceline.parallel.full import FullTensors
@@ -143,21 +144,18 @@ def test_every_optimizer_is_what_it_is_in_fp32_rounded(name, monkeypatch):
             place = torch.finfo(BF16).eps * exact[shard.name].detach().abs() + 1e-7
             assert (off <= 1.001 * place).all(), (shard.name, step)
     changed = torch.cat([(s.local != Several().get_parameter(s.name).to(BF16)).flatten() for s in held.shards])
-    assert changed.float().mean() > 0.8
+    assert changed.float().mean() > 0.7
 
 
-def test_rounding_follows_from_seed_step_and_name():
+def test_rounding_follows_from_seed_step_and_name(monkeypatch):
     def once(seed, step, prefix=""):
         held = ModuleReplica(
             Masters(Several(), BF16, pure=True), SGD(lr=1e-3), None, mesh=Mesh.alone(), rounding_seed=seed
         )
-        held.optimizer._places = {prefix + name: place for name, place in held.optimizer._places.items()}
         held.begin(step)
         for shard in held.shards:
             shard.set_gradient(gradient(shard.name, shard.local.shape, 1))
-        if prefix:
-            put = held.optimizer._round
-            held.optimizer._round = lambda name, *tensors: put(prefix + name, *tensors)
+        monkeypatch.setattr(rounded, "stream_seed", lambda *key: stream_seed(*key[:-1], prefix + key[-1]))
         held.finish(lambda wish: wish)
         return torch.cat([shard.local.flatten() for shard in held.shards])
 

@@ -27,6 +27,11 @@ class Shard:
     parameter: torch.nn.Parameter
 
     @property
+    def is_part(self) -> bool:
+        """Whether torch holds the parameter in parts, of which this rank's is ``local``."""
+        return isinstance(self.parameter, DTensor)
+
+    @property
     def local(self) -> torch.Tensor:
         """The part of the parameter held here, plain."""
         return local_part(self.parameter.detach())

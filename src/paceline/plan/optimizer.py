@@ -13,8 +13,8 @@ def check_optimizer(config: Config) -> None:
     """Raise ``PlanError`` for a layout, a schedule or a setting with which the optimizer would not do what it is."""
     optimizer: Any = config.optimizer
     average: Any = config.average
-    name, schedule = f"optimizer={strategy_name(config.optimizer)}", strategy_name(config.schedule)
-    if optimizer.schedule not in {None, schedule}:
+    name = f"optimizer={strategy_name(config.optimizer)}"
+    if optimizer.schedule is not None and (schedule := strategy_name(config.schedule)) != optimizer.schedule:
         raise PlanError(
             f"{name} averages weights in place of a schedule, and schedule={schedule} would do it again. Use "
             f"schedule={optimizer.schedule}, with its warmup_steps"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from paceline.comm.device import claim as claim_device
 from paceline.comm.ranks import Coordinates
 from paceline.comm.world import Rendezvous, join
-from paceline.config import CheckpointConfig, Config, EvaluateConfig
+from paceline.config import CheckpointConfig, Config, EvaluateConfig, strategy_name
 from paceline.errors import ConfigError, NonFiniteError, PlanError
 from paceline.launch import torchrun
 from paceline.launch.local import LocalRun
@@ -144,6 +144,12 @@ def lr_range(
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
     if torchrun.started_by_torchrun():
         raise PlanError("lr-range starts its ranks itself: run it without torchrun, on one machine")
+    optimizer: Any = config.optimizer
+    if optimizer.schedule is not None:
+        raise PlanError(
+            f"optimizer={strategy_name(config.optimizer)} averages weights by their rate, which a range test changes "
+            "from step to step. Try rates with optimizer=adamw"
+        )
     points: list[Point] = []
     with tempfile.TemporaryDirectory(prefix="paceline-lr-range-") as folder:
         run = _prepared(config, folder, low=low, high=high, steps=steps)

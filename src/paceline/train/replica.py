@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from paceline.comm.mesh import Axis, Mesh
 from paceline.comm.replica import Finish, Shard, Vote
@@ -246,7 +245,7 @@ class ModuleReplica:
 
 def _plain(shard: Shard) -> nn.Parameter:
     """The parameter itself, or this rank's values of a DTensor: in the same memory."""
-    if not isinstance(shard.parameter, DTensor):
+    if not shard.is_part:
         return shard.parameter
     plain = nn.Parameter(shard.local)
     plain.grad_dtype = shard.parameter.grad_dtype
