@@ -61,7 +61,7 @@ def train(
         return
     again = f"paceline train {config}"
     end = "done" if result.loss is not None else f"complete already (step {result.step} of {result.steps})"
-    if result.stopped:
+    if not result.is_done:
         end = f"stopped after step {result.step} of {result.steps}; `{again}` continues"
     bits = f", held-out {result.bits_per_byte:.3f} bits per byte" if result.bits_per_byte is not None else ""
     _finish(f"{end}{bits}: {result.output}/report.html, {result.output}/export", result.values(), as_json)

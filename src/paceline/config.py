@@ -232,6 +232,31 @@ class PerturbConfig(Options):
     """What is added of weights drawn anew, as at the start, from (seed, step, name)."""
 
 
+class SpikesConfig(Options):
+    """Go back to the newest checkpoint when the loss leaps, and leave out the batches it has leapt on."""
+
+    threshold: Positive = 10.0
+    """A loss leaps that is above the median of those before it by so many times their median distance from it, and by a
+    tenth of it; or that is not a number."""
+    window: Annotated[int, Field(ge=10), BeforeValidator(_not_bool)] = 50
+    """How many losses before it are looked at; none leaps before there are so many."""
+    patience: Count = 1
+    """Leaps in a row after which the run goes back; a loss that is not a number does not wait."""
+    skip: Natural = 0
+    """Further steps whose batches are left out after that."""
+    most: Count = 3
+    """How often the run may go back to one checkpoint; then it ends with an error."""
+
+
+class EarlyStopConfig(Options):
+    """End when the held-out loss no longer falls, with the weights that had the best one."""
+
+    patience: Count = 3
+    """Measurements of ``evaluate.every`` in a row that are no better."""
+    least: NonNegative = 0.0
+    """A better one is lower by more than this, in nats."""
+
+
 class EvaluateConfig(Options):
     """What is measured on the held-out part."""
 
@@ -277,6 +302,8 @@ class Config(Options):
     train: TrainConfig
     average: SerializeAsAny[Options]
     perturb: PerturbConfig | None = None
+    spikes: SpikesConfig | None = None
+    early_stop: EarlyStopConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()

@@ -76,6 +76,8 @@ class Checkpointer:
         self._committer = Committer(folder, rank, ranks, exchange, timeout_s)
         self._thread: threading.Thread | None = None
         self._finished: list[Saved] = []
+        self.pinned: int | None = None
+        """A step whose checkpoint stays."""
         self._error: BaseException | None = None
         if rank == 0:
             try:
@@ -166,4 +168,4 @@ class Checkpointer:
         rank_bytes = sum(len(image.body) for image in content.images)
         self._finished.append(Saved(content.step, path, rank_bytes, snapshot_s, time.perf_counter() - started))
         if self._rank == 0:
-            retain(self.folder, content.step, keep=self._keep, keep_every=self._keep_every)
+            retain(self.folder, content.step, keep=self._keep, keep_every=self._keep_every, pinned=self.pinned)

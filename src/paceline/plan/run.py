@@ -5,6 +5,7 @@ from paceline.errors import PlanError
 from paceline.plan.batch import Batches, BatchPlan, plan_batch, sequences_of
 from paceline.plan.layout import Grid, check_offload
 from paceline.plan.optimizer import check_optimizer
+from paceline.plan.policy import check_policies
 from paceline.plan.precision import check_precision
 from paceline.plan.rate import check_rate
 from paceline.plan.stages import check_schedule, schedule_of
@@ -17,6 +18,7 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
     grid = Grid.of(layout)
     batch = plan_batches(config).full
     check_rate(config)
+    check_policies(config)
     cut = [axis for axis in ("tensor", "pipeline", "context", "expert") if getattr(layout, axis) > 1]
     if config.train.compile and cut:
         raise PlanError(

@@ -18,7 +18,7 @@ from paceline.plan.memory import RankMemory, rank_memory
 from paceline.plan.model import ModelSizes
 from paceline.plan.precision import Precision, resolve_precision
 from paceline.plan.run import plan_batches, plan_run
-from paceline.recipes.rates import average_words, growth_words, perturb_words, rate_words, rates
+from paceline.recipes.rates import average_words, growth_words, perturb_words, policy_words, rate_words, rates
 from paceline.train.assemble import (
     check_positions,
     model_sizes,
@@ -90,6 +90,7 @@ class Plan:
             f"rate       {rate_words(c, self.batches)}",
             *self._line("average", average_words(c)),
             *self._line("perturb", perturb_words(c)),
+            *self._line("policies", policy_words(c)),
             f"sync       {strategy_name(c.sync)} over {c.replicas} replica(s), "
             f"{_bytes(self.wire_bytes)} sent by each rank a step",
             "",

@@ -179,6 +179,8 @@ def _prepared(config: Config, folder: str, *, low: float, high: float, steps: in
             "train": config.train.model_copy(update={"steps": steps + 1, "output": folder}),
             "average": NoAverage(),
             "perturb": None,
+            "spikes": None,
+            "early_stop": None,
             "checkpoint": CheckpointConfig(),
             "evaluate": EvaluateConfig(),
         }

@@ -57,6 +57,16 @@ def average_words(config: Config) -> str | None:
     return f"{strategy_name(average)}, {taken}, for {' and '.join(used) or 'the checkpoints alone'}"
 
 
+def policy_words(config: Config) -> str | None:
+    """When the run goes back, and when it ends early; None for neither."""
+    words = []
+    if (spikes := config.spikes) is not None:
+        words.append(f"back to a checkpoint after {spikes.patience} leap(s) of the loss")
+    if (early := config.early_stop) is not None:
+        words.append(f"an end after {early.patience} measurements without a better held-out loss")
+    return ", ".join(words) or None
+
+
 def perturb_words(config: Config) -> str | None:
     """What is done to the weights, and when; None for nothing."""
     perturb = config.perturb

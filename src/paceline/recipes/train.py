@@ -41,7 +41,10 @@ class Result:
 
     output: str
     step: int
+    """That the weights are of."""
     steps: int
+    is_done: bool
+    """By the last step, or by early stopping; False for a run that was asked to stop before."""
     loss: float | None = None
     """Of the last step of this process; None if the run was complete already."""
     held_out_loss: float | None = None
@@ -50,11 +53,6 @@ class Result:
     """Seconds from the start to the first loss; under torchrun without its own start and imports."""
     seconds: float = 0.0
     """Of the whole run, counted in the same way."""
-
-    @property
-    def stopped(self) -> bool:
-        """Asked to stop before the last step."""
-        return self.step < self.steps
 
     def values(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -213,6 +211,7 @@ def run_rank(
             output=config.train.output,
             step=loop.step,
             steps=config.train.steps,
+            is_done=loop.is_done,
             loss=loss,
             held_out_loss=newest.loss if newest else None,
             bits_per_byte=newest.bits_per_byte if newest else None,
@@ -234,7 +233,7 @@ def _all_processes(world: World) -> list[dict[str, Any]]:
 
 def _leave_results(loop: Loop) -> None:
     """The Hugging Face folder and the report."""
-    config, output = loop.parts.config, Path(loop.parts.config.train.output)
+    output = Path(loop.parts.config.train.output)
     assert loop.trackers is not None
     if loop.parts.source is not None:
         hugging_face.write(output / "export", loop.weights(), loop.parts.source, loop.parts.prepared.tokenizer)
@@ -246,6 +245,6 @@ def _leave_results(loop: Loop) -> None:
                 f"training; load PreTrainedTokenizerFast.from_pretrained({str(output / 'export')!r}) instead"
             )
             loop.trackers.event("warning", text, step=loop.step)
-    if loop.step == config.train.steps:
+    if loop.is_done:
         loop.trackers.event("done", f"{loop.step} steps", step=loop.step)
     write_report(output)

@@ -7,6 +7,7 @@ are plain values as they stand in the run's files:
     evaluation   {"step": 100, "loss": 2.1, "bits_per_byte": 1.6, "targets": 32000,
                   "samples": [{"prompt": "The", "text": " end"}]}
     event        {"step": 100, "kind": "checkpoint", "message": "..."}
+                 {"step": 120, "kind": "rollback", "message": "...", "to": 100}: the steps after 100 are undone
 
 ``Trackers`` adds ``time`` (seconds since 1970) where it is missing.
 """
@@ -28,6 +29,7 @@ EVENT_KINDS = (
     "evaluate",
     "skip",
     "perturb",
+    "rollback",
     "stop",
     "export",
     "warning",
@@ -103,12 +105,14 @@ class Trackers:
             record = self._finite(evaluation, "held-out ")
             self._tell(lambda sink: sink.evaluation(record))
 
-    def event(self, kind: str, message: str, *, step: int | None = None) -> None:
-        """Tell something that happened, at the newest step unless ``step`` says otherwise."""
+    def event(self, kind: str, message: str, *, step: int | None = None, to: int | None = None) -> None:
+        """Tell something that happened, at the newest step unless ``step`` says otherwise; ``to`` of a rollback."""
         assert kind in EVENT_KINDS, kind
         with self._lock:
             at = self._step if step is None else step
             record = {"time": self._now(), "step": at, "kind": kind, "message": message}
+            if to is not None:
+                record["to"] = to
             self._tell(lambda sink: sink.event(record))
 
     def close(self) -> None:

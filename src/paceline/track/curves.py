@@ -5,7 +5,7 @@ A curve is a list of numbers, one a step, with None where there is none.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from statistics import median
 
@@ -124,18 +124,26 @@ class History:
         return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low))] if high > low else "▁" for mean in means)
 
 
+LEAST_LEAP = 0.1
+"""Of the median: a smaller rise is no leap, however steady the curve was."""
+
+
+def leaps(value: float, before: Collection[float], threshold: float = 10.0) -> bool:
+    """Whether a value lies above the median of those before it by more than ``threshold`` times their usual distance
+    from it (the median of the distances), and by more than a tenth of it."""
+    leap = value - (middle := median(before))
+    return leap > LEAST_LEAP * abs(middle) and leap > threshold * median(abs(x - middle) for x in before)
+
+
 def spikes(values: Values, window: int = 50) -> list[int]:
-    """Places where a curve leaps up: above the median of the ``window`` values before by more than 10 times their usual
-    distance from it (and by at least a tenth of it)."""
+    """Places where a curve leaps up from the ``window`` values before."""
     found = []
     before: deque[float] = deque(maxlen=window)
     for place, value in enumerate(values):
         if value is None:
             continue
-        if len(before) >= 10:
-            leap = value - (middle := median(before))
-            if leap > 0.1 * abs(middle) and leap > 10 * median(abs(x - middle) for x in before):
-                found.append(place)
+        if len(before) >= 10 and leaps(value, before):
+            found.append(place)
         before.append(value)
     return found
 

@@ -2,7 +2,8 @@
 
 A line is complete when its newline is written, and is written by one system call, so a kill leaves at most one half
 line at the end of a file. Files only grow, except that ``cut`` takes the steps after a checkpoint back when a run
-continues from it, so that each step stands once. Events are never cut: they tell what happened, also what was undone.
+continues from it or goes back to it, so that each step stands once. Events are never cut: they tell what happened, also
+what was undone.
 """
 
 import json
@@ -28,10 +29,14 @@ class JsonLines:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open()
+
+    def _open(self) -> None:
         with ExitStack() as files:
-            self._metrics = files.enter_context(closing(_Appender(folder / METRICS)))
-            self._evaluations = files.enter_context(closing(_Appender(folder / EVALUATIONS)))
-            self._events = files.enter_context(closing(_Appender(folder / EVENTS)))
+            self._metrics = files.enter_context(closing(_Appender(self._folder / METRICS)))
+            self._evaluations = files.enter_context(closing(_Appender(self._folder / EVALUATIONS)))
+            self._events = files.enter_context(closing(_Appender(self._folder / EVENTS)))
             self._files = files.pop_all()
 
     def step(self, metrics: Record) -> None:
@@ -43,8 +48,12 @@ class JsonLines:
         self._evaluations.append(evaluation)
 
     def event(self, event: Record) -> None:
-        """Append to ``events.jsonl``."""
+        """Append to ``events.jsonl``; a rollback also cuts the steps that it undoes."""
         self._events.append(event)
+        if event["kind"] == "rollback":
+            self._files.close()
+            cut(self._folder, event["to"])
+            self._open()
 
     def close(self) -> None:
         """Close the files."""

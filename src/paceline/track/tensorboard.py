@@ -41,8 +41,7 @@ class TensorBoard:
         file = open(folder / f"events.out.tfevents.{now:017.6f}.paceline", "xb")  # noqa: SIM115 - closed by close()
         self._writer: Any = RecordWriter(file)
         self._write(event_pb2.Event(wall_time=now, file_version="brain.Event:2"))
-        started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(event_pb2.Event(wall_time=now, step=start_step + 1, session_log=started))
+        self._forget_after(start_step, now)
 
     def step(self, metrics: Record) -> None:
         """Write the scalars of one step."""
@@ -58,11 +57,18 @@ class TensorBoard:
             self._summary(evaluation, self._text_pb(f"samples/{place}", text))
 
     def event(self, event: Record) -> None:
-        """Events are not shown."""
+        """Events are not shown; the points that a rollback undoes are forgotten."""
+        if event["kind"] == "rollback":
+            self._forget_after(event["to"], event["time"])
 
     def close(self) -> None:
         """Close the file."""
         self._writer.close()
+
+    def _forget_after(self, step: int, now: float) -> None:
+        """Leave the mark by which TensorBoard forgets the points after ``step``."""
+        started = self._event_pb2.SessionLog(status=self._event_pb2.SessionLog.START)
+        self._write(self._event_pb2.Event(wall_time=now, step=step + 1, session_log=started))
 
     def _scalars(self, record: Record, tags: dict[str, str]) -> None:
         found = [(tag, record[key]) for key, tag in tags.items() if record.get(key) is not None]

@@ -24,9 +24,11 @@ from paceline.track import Trackers
 from paceline.train import state
 from paceline.train.assemble import Parts
 from paceline.train.diagnose import locate
+from paceline.train.early_stop import EarlyStop
 from paceline.train.hooks import Hook, StepEvent
 from paceline.train.memory import used_bytes
 from paceline.train.policy import StopRequest, after
+from paceline.train.spikes import Spikes
 from paceline.train.step import train_step
 
 
@@ -48,6 +50,9 @@ class Loop:
         self.trackers: Trackers | None = None
         """Who is told; the leader's only."""
         self._hooks = hooks
+        self._spikes = Spikes(parts.config.spikes)
+        self._early_stop = EarlyStop(parts.config.early_stop)
+        self._has_ended = False
         parts.sync.start(parts.built.replica)
         self._resume()
         self._check_same_run()
@@ -63,10 +68,21 @@ class Loop:
         return self.parts.world.coordinates
 
     def steps(self) -> Iterator[StepEvent]:
-        """Train up to ``train.steps``, or until some rank is asked to stop; saves at the end."""
+        """Train up to ``train.steps``, or until some rank is asked to stop; saves at the end.
+
+        Where the loss leaps the run goes back, so steps may come more than once. With early stopping the weights are in
+        the end those of the best held-out loss, and ``step`` is theirs.
+        """
         config = self.parts.config
-        while self.step < config.train.steps:
-            event, stop = self._one_step()
+        while not self.is_done:
+            try:
+                event, stop = self._one_step()
+            except NonFiniteError as error:
+                if not self._spikes.is_on:
+                    raise
+                bad = self.parts.batches.at(self.step + 1).sequences
+                self._go_back(self.step, str(error), self.sequences_seen + bad)
+                continue
             for hook in self._hooks:
                 hook(event)
             todo = after(config, self.step, stop)
@@ -76,15 +92,38 @@ class Loop:
                 self.trackers.step(event.values())
             if event.skipped:
                 self._tell_skipped(event)
-            if todo.evaluate:
-                self.parts.rate.evaluated(self.step, self.evaluate().loss)
-            if todo.save:
+            if self._spikes.observe(event.loss) and not event.skipped:
+                yield event
+                self._go_back(self.step - self._spikes.in_a_row, self._spikes.words(event.loss, self.step))
+                if stop:
+                    break
+                continue
+            is_best = todo.evaluate and self._evaluated()
+            if todo.save or is_best or self._early_stop.is_over:
                 self.save()
             if stop and self.trackers:
                 self.trackers.event("stop", f"asked to stop after step {self.step}: saved", step=self.step)
             yield event
             if todo.stop:
                 break
+        if self.is_done:
+            self._take_the_best()
+            self._has_ended = True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has come to its end: that of ``train.steps``, or by early stopping."""
+        return self._has_ended or self._early_stop.is_over or self.step >= self.parts.config.train.steps
+
+    def _evaluated(self) -> bool:
+        """Measure the held-out part as the config says; whether it is the best so far."""
+        loss, every = self.evaluate().loss, self.parts.config.evaluate.every
+        self.parts.rate.evaluated(self.step, loss)
+        counts = self.step == self.parts.config.train.steps or (every > 0 and self.step % every == 0)
+        is_best = counts and self._early_stop.observe(self.step, loss)
+        if is_best and self.parts.checkpointer:
+            self.parts.checkpointer.pinned = self.step
+        return is_best
 
     def finish_saving(self) -> None:
         """Wait until the newest checkpoint is on disk; ``CheckpointError`` if it could not be written."""
@@ -119,11 +158,15 @@ class Loop:
 
     def evaluate(self) -> Evaluation:
         """Measure the held-out part, and continue the prompts, on all ranks."""
+        evaluation = self._measure()
+        if self.trackers:
+            self.trackers.evaluation(evaluation.values())
+        return evaluation
+
+    def _measure(self) -> Evaluation:
         with self.parts.average.in_place(), self.parts.built.replica.evaluating():
             measured = self.parts.evaluator.measure(self.step, self._total)
         self.evaluation = replace(measured, averaged=self.parts.average.is_measured)
-        if self.trackers:
-            self.trackers.evaluation(self.evaluation.values())
         return self.evaluation
 
     def save(self) -> None:
@@ -178,8 +221,10 @@ class Loop:
             raise locate(error, built.model, built.replica, parts.objective, device_batches, where, drawing) from None
         ends_cycle = rate.ends_cycle(step, self.sequences_seen)
         parts.average.stepped(step, ends_cycle=ends_cycle)
-        if parts.perturb.stepped(step, built.replica, ends_cycle=ends_cycle) and self.trackers:
-            self.trackers.event("perturb", f"weights shrunk and perturbed after step {step}", step=step)
+        if parts.perturb.stepped(step, built.replica, ends_cycle=ends_cycle):
+            self._spikes.forget()
+            if self.trackers:
+                self.trackers.event("perturb", f"weights shrunk and perturbed after step {step}", step=step)
         step_s = time.perf_counter() - start
         self.step = step
         self.sequences_seen += plan.sequences
@@ -215,6 +260,8 @@ class Loop:
             **({"loss_scale": loss_scale.state()} if loss_scale.is_dynamic else {}),
             "rate": self.parts.rate.state(),
             "average": self.parts.average.values(),
+            **({"spikes": self._spikes.state()} if self._spikes.is_on else {}),
+            "early_stop": self._early_stop.state(),
             **self._identity(),
             "config": self.parts.config.tree(),
         }
@@ -225,32 +272,89 @@ class Loop:
             return
         with checkpoint:
             checkpoint.verify()
-            values: Any = checkpoint.values
             for key, now in self._identity().items():
-                if values.get(key) != now:
+                if checkpoint.values.get(key) != now:
                     raise CheckpointError(
                         f"step {checkpoint.step} in {self.parts.config.train.output!r} was trained with "
-                        f"{key}={values.get(key)!r}, this config has {now!r}: that is another run. Restore the "
-                        "config, or choose another train.output."
+                        f"{key}={checkpoint.values.get(key)!r}, this config has {now!r}: that is another run. Restore "
+                        "the config, or choose another train.output."
                     )
-            built, average = self.parts.built, self.parts.average
-            state.restore(
-                built.model,
-                built.replica,
-                self.parts.sync,
-                self._place,
-                checkpoint,
-                self._layout,
-                average=average.restored(values.get("average")),
+            self._restore(checkpoint)
+        self._go_on_from_here()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Be where the run was when it saved this."""
+        parts, built, values = self.parts, self.parts.built, checkpoint.values
+        state.restore(
+            built.model,
+            built.replica,
+            parts.sync,
+            self._place,
+            checkpoint,
+            self._layout,
+            average=parts.average.restored(values.get("average")),
+        )
+        if built.replica.loss_scale.is_dynamic and "loss_scale" in values:
+            built.replica.loss_scale.load(values["loss_scale"])
+        parts.rate.restore(values.get("rate"))
+        self._spikes.restore(values.get("spikes"))
+        self._early_stop.restore(values.get("early_stop"))
+        self.step, self.sequences_seen, self.tokens_seen = (
+            values[key] for key in ("step", "sequences_seen", "tokens_seen")
+        )
+
+    def _go_on_from_here(self) -> None:
+        """Leave the checkpoints that come after this step."""
+        if checkpointer := self.parts.checkpointer:
+            checkpointer.pinned = self._early_stop.best
+            if self.coordinates.is_leader:  # the folder is one; others wait for it in the next step
+                checkpointer.set_aside_after(self.step)
+
+    def _go_back(self, before: int, why: str, seen: int | None = None) -> None:
+        """Go on from the newest checkpoint of step ``before`` at most, without the sequences ``seen`` since.
+
+        ``TrainError`` if there is none, or the run has been there too often.
+        """
+        config = self.parts.config
+        assert config.spikes is not None
+        self._all_saved()
+        known = [step for step in steps(self._checkpoints) if step <= before]
+        if not known:
+            raise TrainError(
+                f"{why}, and there is no checkpoint before it to go back to. Use a smaller checkpoint.every than "
+                f"{config.checkpoint.every}, a lower optimizer.lr or a longer warm-up"
             )
-            if built.replica.loss_scale.is_dynamic and "loss_scale" in values:
-                built.replica.loss_scale.load(values["loss_scale"])
-        self.parts.rate.restore(values.get("rate"))
-        self.step = values["step"]
-        self.sequences_seen = values["sequences_seen"]
-        self.tokens_seen = values["tokens_seen"]
-        if self.parts.checkpointer and self.coordinates.is_leader:  # the folder is one; others wait for it in step 1
-            self.parts.checkpointer.set_aside_after(self.step)
+        skipped = self.parts.batches.sequences(self.step + 1, self.step + config.spikes.skip)
+        seen = (self.sequences_seen if seen is None else seen) + skipped
+        at = self.step
+        with load(self._checkpoints, known[-1]) as checkpoint:
+            first = checkpoint.values["sequences_seen"]
+            self._spikes.goes_back(known[-1], first, seen)
+            self._restore(checkpoint)
+        self.sequences_seen = seen
+        self._check_same_run()
+        self._go_on_from_here()
+        if self.trackers:
+            text = f"{why}: back to step {self.step}, and sequences {first:,} to {seen - 1:,} are left out"
+            self.trackers.event("rollback", text, step=at, to=self.step)
+
+    def _take_the_best(self) -> None:
+        """At the end of a run that may end early: the weights of the best held-out loss."""
+        best, at = self._early_stop.best, self.step
+        if best is None or best == at:
+            return
+        self._all_saved()
+        why = f"{self._early_stop.words(at)}; " if self._early_stop.is_over else ""
+        with load(self._checkpoints, best) as checkpoint:
+            self._restore(checkpoint)
+        self._measure()
+        if self.trackers:
+            self.trackers.event("stop", f"{why}the weights are those of step {best}", step=at)
+
+    def _all_saved(self) -> None:
+        """No rank looks at the checkpoints before all have written."""
+        self.finish_saving()
+        self._total((0.0,))
 
     def _check_same_run(self) -> None:
         """Refuse, on all replicas, to train on other data or from another step than replica 0 does."""

@@ -143,6 +143,8 @@ class Case:
                 "schedule": Constant(warmup_steps=2) if given and given.schedule else Linear(warmup_steps=2),
                 "average": NoAverage() if given and given.averages else Ema(decay=0.5),
                 "perturb": None,
+                "spikes": None,
+                "early_stop": None,
                 "sync": AllReduce(bucket_mib=BUCKET_MIB) if isinstance(base.sync, AllReduce) else base.sync,
                 "train": TrainConfig(
                     steps=steps,
