@@ -2,18 +2,21 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import commands
 import paceline
 from commands import metrics, tiny_config, write_texts
 from paceline.checkpoint import steps
 from paceline.config import read_tree
 from paceline.errors import NonFiniteError, PlanError, TrainError
 from paceline.evaluate.held_out import HeldOut
+from tolerances import FP32_RUN
 
 SEQUENCES = 4
 STEPS = 40
@@ -208,3 +211,37 @@ def test_a_run_ends_when_nothing_is_better_with_the_best_weights(config, tmp_pat
         with paceline.Trainer(config, model=Bigram()) as trainer:
             assert next(trainer.steps()).step == end + 1
     assert [line["step"] for line in metrics(tmp_path / "run")][:end] == [*range(1, end + 1)]
+
+
+LEAPING = {
+    "batch": {"sequences": 4, "sequence_tokens": 32},
+    "train": {"steps": 40},
+    "optimizer": {"name": "adamw", "lr": 0.02},
+    "schedule": "constant",
+    "checkpoint": {"every": 5},
+    "spikes": {"window": 10, "threshold": 5.0, "most": 9},
+}
+
+
+def leaping(folder, *overrides):
+    """A run on text of which a few paragraphs are noise; its rollbacks, and the losses that stayed."""
+    write_texts(folder)
+    drawn = random.Random(0)
+    noise = ["".join(chr(drawn.randrange(0x4E00, 0x9000)) for _ in range(12)) for _ in range(6)]
+    (folder / "texts" / "z.txt").write_text("\n\n".join(noise))
+    ended = commands.paceline(folder, "train", str(tiny_config(folder, **LEAPING)), *overrides)
+    assert ended.status == 0, ended
+    told = [(event["step"], event["to"], event["message"].partition(":")[2]) for event in events(folder, "rollback")]
+    return told, [line["loss"] for line in metrics(folder / "run")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return leaping(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize("layout", ["replicas=2", "layout.shard=2", "layout.pipeline=2 layout.tensor=2 batch.micro=1"])
+def test_every_layout_goes_back_at_the_same_steps(alone, tmp_path, layout):
+    told, losses = leaping(tmp_path, *layout.split())
+    assert len(told) >= 3 and told == alone[0]
+    assert losses == pytest.approx(alone[1], rel=FP32_RUN)
