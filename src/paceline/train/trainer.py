@@ -284,7 +284,8 @@ class Loop:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Be where the run was when it saved this."""
-        parts, built, values = self.parts, self.parts.built, checkpoint.values
+        parts, built = self.parts, self.parts.built
+        values: Any = checkpoint.values
         state.restore(
             built.model,
             built.replica,
@@ -328,7 +329,7 @@ class Loop:
         seen = (self.sequences_seen if seen is None else seen) + skipped
         at = self.step
         with load(self._checkpoints, known[-1]) as checkpoint:
-            first = checkpoint.values["sequences_seen"]
+            first: Any = checkpoint.values["sequences_seen"]
             self._spikes.goes_back(known[-1], first, seen)
             self._restore(checkpoint)
         self.sequences_seen = seen
