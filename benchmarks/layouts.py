@@ -41,6 +41,7 @@ from paceline.plan.precision import PRECISIONS
 from paceline.plan.stages import check_schedule
 from paceline.registry import SYNCS
 from paceline.train.build import Built, Goal, build
+from paceline.train.clip import ClipNorm
 from paceline.train.step import train_step
 from paceline.verify.cases import Case, parse
 from paceline.workers.pool import Member, Pool
@@ -131,7 +132,7 @@ def train(member: Member, case: Case, model: dict[str, Any], steps: int, warmup:
                 layout=case.layout,
                 mesh=world.mesh,
                 optimizer=AdamW(),
-                clip_norm=1.0,
+                adjust=lambda _: [ClipNorm(1.0)],
                 precision=PRECISIONS["fp32"],
                 device=device.torch_device,
                 seed=SEED,

@@ -19,6 +19,7 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.registry import SYNCS
 from paceline.schedule.accumulate import Accumulate
+from paceline.train.clip import ClipNorm
 from paceline.train.replica import ModuleReplica
 from paceline.train.step import train_step
 from paceline.workers.pool import Member
@@ -95,7 +96,8 @@ def train(
     model = tiny_llama()
     if freeze:
         model.get_parameter(freeze).requires_grad_(False)
-    replica = ModuleReplica(Masters(model, dtype), optimizer or SGD(lr=0.3), clip_norm, mesh=Mesh.alone())
+    adjustments = [ClipNorm(clip_norm)] if clip_norm else []
+    replica = ModuleReplica(Masters(model, dtype), optimizer or SGD(lr=0.3), adjustments, mesh=Mesh.alone())
     strategy = choose(SYNCS, sync or {"name": "all_reduce", "bucket_mib": 0.002}).build(between)  # type: ignore[attr-defined]
     strategy.start(replica)
     goal = objective()

@@ -25,6 +25,7 @@ import yaml
 
 from layout_matrix import FAMILIES, said
 from mutations import MUTATIONS, Mutation
+from paceline.config import override
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference" / "mutants.md"
@@ -67,6 +68,7 @@ def try_one(mutation: Mutation) -> Outcome:
         path.write_text(text.replace(mutation.old, mutation.new))
         config = folder / "config.yaml"
         tree = {**FAMILIES[mutation.family].config().tree(), "optimizer": yaml.safe_load(mutation.optimizer)}
+        tree = override(tree, mutation.overrides)
         config.write_text(yaml.safe_dump(tree))
         for layouts in (mutation.layouts, None):
             layout, how = verified(config, folder, mutation.family, layouts)
@@ -104,14 +106,16 @@ def page(outcomes: Sequence[Outcome]) -> str:
     """What was caught and how."""
     caught = sum(bool(outcome.caught_by) for outcome in outcomes)
     lines = [INTRODUCTION, f"{caught} of {len(outcomes)} are caught.", ""]
-    lines += ["| what is wrong | in | model, optimizer | layout | verify says |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        "| what is wrong | in | model, optimizer, options | layout | verify says |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for outcome in outcomes:
         mutation = outcome.mutation
         found = f"`{outcome.caught_by}`" if outcome.caught_by else "**none**"
+        asked = ", ".join((mutation.family, mutation.optimizer, *mutation.overrides))
         how = outcome.how.partition(";")[0].replace("|", "\\|") or "survives"
-        lines.append(
-            f"| {mutation.name} | `{mutation.path}` | {mutation.family}, {mutation.optimizer} | {found} | {how} |"
-        )
+        lines.append(f"| {mutation.name} | `{mutation.path}` | {asked} | {found} | {how} |")
     return "\n".join([*lines, ""])
 
 

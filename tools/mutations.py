@@ -22,6 +22,8 @@ class Mutation:
     """Of ``layout_matrix.FAMILIES``."""
     optimizer: str = "adamw"
     """Of the config, as YAML; verify judges its updates if it looks beyond single values."""
+    overrides: tuple[str, ...] = ()
+    """What the config says besides, as ``key.path=value``."""
 
 
 MUTATIONS = (
@@ -78,10 +80,50 @@ MUTATIONS = (
     ),
     Mutation(
         "the loss over a cut vocabulary takes labels for columns of the first rank",
-        "objectives/cross_entropy.py",
-        "columns_N1 = labels_N1 - cut.start",
-        "columns_N1 = labels_N1 - 0 * cut.start",
+        "objectives/softening.py",
+        "columns_NK = labels_NK - cut.start",
+        "columns_NK = labels_NK - 0 * cut.start",
         "tensor=2",
+    ),
+    Mutation(
+        "labels are smoothed over the entries of a rank",
+        "objectives/softening.py",
+        "softmax_NV.sub_(smoothing / (softmax_NV.shape[1] if cut is None else cut.vocabulary))",
+        "softmax_NV.sub_(smoothing / softmax_NV.shape[1])",
+        "tensor=2",
+        overrides=("objective.label_smoothing=0.1",),
+    ),
+    Mutation(
+        "the mean of the logits is that of a rank's entries",
+        "objectives/cross_entropy.py",
+        "total_N1[0] / cut.vocabulary if smooths else None",
+        "own_MN1[3] / max(1, cut.entries) if smooths else None",
+        "tensor=2",
+        overrides=("objective.label_smoothing=0.1",),
+    ),
+    Mutation(
+        "the gradient of the z-loss is that of a rank's own logits",
+        "objectives/head_cross_entropy.py",
+        "level_C1 = found.greatest_N1 + found.sum_N1.log() if targets.softening.z_loss else None",
+        "level_C1 = logits_CV.to(dtype).logsumexp(1, keepdim=True) if targets.softening.z_loss else None",
+        "tensor=2",
+        overrides=("objective.z_loss=0.01",),
+    ),
+    Mutation(
+        "sequences are mixed with one of the same rank",
+        "data/loader.py",
+        "row_of(int(others[sample - first])).tokens",
+        "row_of(sample).tokens if not share else share[-1].tokens",
+        "replicas=2",
+        overrides=("objective.mixup=0.5",),
+    ),
+    Mutation(
+        "every context rank mixes in the first positions",
+        "parallel/context.py",
+        "batch.mixed.at(places_P)",
+        "batch.mixed.at(places_P - places_P.min())",
+        "context=2",
+        overrides=("objective.mixup=0.5",),
     ),
     Mutation(
         "the greatest logit of all ranks is taken for this rank's own sum",
@@ -302,31 +344,57 @@ MUTATIONS = (
     # Norm and clipping
     Mutation(
         "what tensor ranks hold alike counts once for each in the norm",
-        "train/replica.py",
+        "train/update.py",
         "return self.mesh.tensor.index == 0 if held is None else held.is_owner",
         "return True if held is None else held.is_owner",
         "tensor=2",
     ),
     Mutation(
         "what tensor ranks hold parts of is left out of the norm, but for the first rank's",
-        "train/replica.py",
+        "train/update.py",
         "return self.mesh.tensor.index == 0 if held is None else held.is_owner",
         "return self.mesh.tensor.index == 0",
         "tensor=2",
     ),
     Mutation(
         "each stage clips by its own norm",
-        "train/replica.py",
-        'return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()',
-        'return self.mesh.states.all_reduce(squares, where="gradient norm").sqrt().cpu()',
+        "train/update.py",
+        'self.mesh.world.all_reduce(squares, where="gradient norm")',
+        'self.mesh.states.all_reduce(squares, where="gradient norm")',
         "pipeline=2",
     ),
     Mutation(
         "each shard clips by its own norm",
-        "train/replica.py",
-        'return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()',
-        'return self.mesh.tensor.all_reduce(squares, where="gradient norm").sqrt().cpu()',
+        "train/update.py",
+        'self.mesh.world.all_reduce(squares, where="gradient norm")',
+        'self.mesh.tensor.all_reduce(squares, where="gradient norm")',
         "shard=2",
+    ),
+    # Clipping and penalties
+    Mutation(
+        "each stage numbers its own blocks",
+        "train/clip.py",
+        "groups = [numbers.get(_block_of(shard.name, numbers), len(numbers)) for shard in update.shards]",
+        "own = [_block_of(shard.name, numbers) for shard in update.shards]\n"
+        "        groups = [sorted(set(own)).index(block) for block in own]",
+        "pipeline=2",
+        overrides=("train.clip_block_norm=1.0",),
+    ),
+    Mutation(
+        "rows that ranks hold parts of are measured by each rank alone",
+        "train/max_norm.py",
+        'update.mesh.tensor.all_reduce(squares, where="row norms").sqrt()',
+        "squares.sqrt()",
+        "tensor=2",
+        overrides=("regularisation.max_norm=0.1",),
+    ),
+    Mutation(
+        "the penalty on momentum forgets the last update at a resume",
+        "train/penalties.py",
+        "return self._before",
+        "return {name: value.clone() for name, value in self._before.items()}",
+        "shard=2",
+        overrides=("regularisation.momentum=2.0",),
     ),
     # Context
     Mutation(

@@ -200,11 +200,30 @@ class TrainConfig(Options):
     output: Text = "runs/run"
     """The run's folder."""
     clip_norm: Positive | None = 1.0
-    """Global gradient norm above which gradients are scaled down; null switches clipping off."""
+    """Global gradient norm above which gradients are scaled down; null for none."""
+    clip_block_norm: Positive | None = None
+    """The same for each block of the model by itself, and for what is outside of the blocks; before ``clip_norm``."""
+    clip_value: Positive | None = None
+    """Greatest absolute value of a gradient, above which it is cut; before the norms."""
     compile: bool = False
     """Compile each block with torch.compile."""
     port: Annotated[int, Field(ge=0, lt=65536), BeforeValidator(_not_bool)] = 0
     """TCP port of the rendezvous store on this machine; 0 takes a free one."""
+
+
+class RegularisationConfig(Options):
+    """What pulls at matrices besides the loss, whatever the optimizer; norms and biases are left alone."""
+
+    l2: NonNegative = 0.0
+    """Strength of half the squared norm of the weights in the loss. Not AdamW's decay, which goes by the rate alone."""
+    l1: NonNegative = 0.0
+    """Strength of the sum of absolute weights: each goes toward 0 by rate times this after every step (soft threshold),
+    and many are exactly 0."""
+    momentum: NonNegative = 0.0
+    """Strength of half the squared length of the last update in the loss: the gradient gets this times (weight - weight
+    before the last update), which damps momentum. Keeps a copy of the weights."""
+    max_norm: Positive | None = None
+    """Rows of matrices (the weights into one unit, the vector of one token) that are longer are scaled back to it."""
 
 
 class CheckpointConfig(Options):
@@ -304,6 +323,7 @@ class Config(Options):
     perturb: PerturbConfig | None = None
     spikes: SpikesConfig | None = None
     early_stop: EarlyStopConfig | None = None
+    regularisation: RegularisationConfig = RegularisationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()

@@ -57,6 +57,21 @@ def test_the_sum_over_micro_batches_is_that_of_the_whole_batch(name, sizes, rows
 
 
 @objectives
+def test_what_softens_the_loss_is_a_sum_too_and_not_part_of_evaluation(name, rows, context, model):
+    cls = registry.OBJECTIVES.load(name)
+    soft, plain = (o.build(context()) for o in (cls(label_smoothing=0.1, z_loss=0.01), cls()))
+    net = model(FAMILY[cls.head], cls.head)
+    net.training = True  # the model as a whole, so that its dropouts stay off
+    whole = soft.batch(rows, seed=7, step=3)
+    loss = soft.loss(net, whole)
+    parts = [soft.loss(net, soft.batch([row], seed=7, step=3)) for row in rows]
+    torch.testing.assert_close(sum(parts), loss, rtol=1e-6, atol=0)
+    assert loss > plain.loss(net, whole) + 0.01
+    net.eval()
+    assert torch.equal(soft.loss(net, whole), plain.loss(net, whole))
+
+
+@objectives
 def test_loss_and_gradient_equal_the_plain_form(name, rows, context, model):
     options = registry.OBJECTIVES.load(name)()
     objective, net = options.build(context()), model(FAMILY[options.head], options.head)

@@ -7,9 +7,10 @@ import torch
 
 from meshes import replica
 from paceline.objectives.base import token_loss
-from paceline.objectives.cross_entropy import NO_TARGET
 from paceline.objectives.deferred import DeferredLogits
 from paceline.objectives.drawn import Draw, drawn_labels
+from paceline.objectives.mixup import Mixed, mixing
+from paceline.objectives.softening import NO_TARGET, Softening
 from paceline.objectives.vocabulary import VocabularyCut
 from paceline.plan.layout import Grid
 from parity import objective, rows, tiny_llama
@@ -83,3 +84,18 @@ def test_a_batch_that_draws_its_labels_has_the_loss_of_these():
     assert not labels.equal(batch.labels)
     drawn, given = (token_loss(model, replace(batch, **c)) for c in ({"draw": DRAW}, {"labels": labels}))
     torch.testing.assert_close(drawn, given, rtol=0, atol=0)
+
+
+def test_drawn_labels_are_certain_whatever_softens_those_of_the_text():
+    """The curvature is that of the model's own distribution, at the embeddings that are mixed."""
+    model, goal, soft = tiny_llama().train(), objective(), Softening(label_smoothing=0.2, z_loss=0.1)
+    batch = goal.batch(rows(0, 3), seed=0, step=0)
+    others = Mixed(
+        ids=batch.inputs["input_ids"].flip(0), labels=batch.labels.flip(0), shares=torch.full(batch.labels.shape, 0.75)
+    )
+    mixed = replace(batch, mixed=others, draw=DRAW)
+    with torch.no_grad(), mixing(model, others):
+        labels = draw(model(batch.inputs["input_ids"]).logits, batch.labels, sequences=batch.sequences)
+        plain = token_loss(model, replace(batch, labels=labels))
+    torch.testing.assert_close(token_loss(model, mixed, soft), plain, rtol=0, atol=0)
+    assert not torch.equal(token_loss(model, replace(mixed, draw=None), soft), plain)

@@ -62,7 +62,7 @@ def cut(model, axis):
 class Trained:
     """A replica of the module, whose steps are fed with gradients by hand."""
 
-    def __init__(self, options, mesh, *, clip_norm=None):
+    def __init__(self, options, mesh):
         self.model = module()
         held = cut(self.model, mesh.tensor) if mesh.tensor.size > 1 else {}
         states = (
@@ -70,7 +70,7 @@ class Trained:
             if mesh.states_mesh is None
             else ShardedStates(self.model, mesh, torch.float64, zero=3)
         )
-        self.replica = ModuleReplica(states, options, clip_norm, mesh=mesh, held=held)
+        self.replica = ModuleReplica(states, options, mesh=mesh, held=held)
         self.sync = AllReduce().build(LocalLink())
 
     def steps(self, begin, end, without=()):

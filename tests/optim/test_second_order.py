@@ -28,7 +28,7 @@ SEARCHING = pytest.mark.parametrize("options", [LBFGS(), NewtonCG()], ids=["lbfg
 def test_products_are_those_of_the_hessian():
     """Against torch's own, of the mean loss of the whole batch as one function; ours come from micro-batches."""
     model, goal = tiny_llama(), objective()
-    replica = ModuleReplica(Masters(model, torch.float64), NewtonCG(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.float64), NewtonCG(), mesh=Mesh.alone())
     sync = AllReduce().build(LocalLink())
     sync.start(replica)
     batches = [goal.batch(rows(0, 5)[i : i + 2], seed=0, step=1) for i in (0, 2, 4)]

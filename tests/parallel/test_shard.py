@@ -8,6 +8,7 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.shard import ShardedStates
 from paceline.plan.layout import Grid
 from paceline.registry import SYNCS
+from paceline.train.clip import ClipNorm
 from paceline.train.replica import ModuleReplica
 from paceline.train.state import tensors
 from parity import tiny_llama
@@ -18,7 +19,7 @@ def learn(member, offload):
     model = tiny_llama()
     with replica(member, Grid(shard=member.size)) as mesh:
         states = ShardedStates(model, mesh, torch.float64, zero=3, offload=offload)
-        held = ModuleReplica(states, SGD(lr=0.1), 1.0, mesh=mesh, device=torch.device("cpu"))
+        held = ModuleReplica(states, SGD(lr=0.1), [ClipNorm(1.0)], mesh=mesh, device=torch.device("cpu"))
         groups = [
             g for m in model.modules() if isinstance(m, FSDPModule) for g in fully_shard.state(m)._fsdp_param_groups
         ]
@@ -63,7 +64,7 @@ def frozen_after_a_forward_pass(member):
     model.lm_head.requires_grad_(False)
     with replica(member, Grid(shard=member.size)) as mesh:
         states = ShardedStates(model, mesh, torch.float64, zero=3)
-        held = ModuleReplica(states, SGD(lr=0.1), 1.0, mesh=mesh, device=torch.device("cpu"))
+        held = ModuleReplica(states, SGD(lr=0.1), [ClipNorm(1.0)], mesh=mesh, device=torch.device("cpu"))
         with torch.no_grad():
             model(input_ids=torch.arange(12)[None], use_cache=False)
         saved = tensors(model, held, SYNCS.load("all_reduce")().build(LocalLink()), (0, 1), average={})

@@ -53,8 +53,16 @@ OVERRIDES = {
     "a layout that is not built": (["layout.expert=2"], "layout.expert=2"),
     "more tensor ranks than heads": (["layout.tensor=4"], "tensor="),
     "an optimizer that looks at the loss": (
-        ["layout.shard=2", "optimizer={name: lbfgs}"],
-        "layout.shard=2: optimizer=lbfgs looks at the loss of the whole model again and again",
+        ["layout.shard=2", "optimizer={name: lbfgs}", "train.clip_norm=null"],
+        "layout.shard=2: optimizer=lbfgs looks at the loss of the whole model",
+    ),
+    "a penalty that bf16 would round away": (
+        ["precision=bf16_pure", "regularisation.l1=0.1"],
+        "regularisation.l1=0.1: its pull is mostly smaller than precision=bf16_pure can tell",
+    ),
+    "mixup of isolated documents": (
+        ["objective={name: next_token, mixup: 0.2}", "data.isolate_documents=true"],
+        "data.isolate_documents=true does not go with objective.mixup",
     ),
     "more stages than blocks": (["layout.pipeline=4", "batch.micro=1"], "Use"),
     "dropout where blocks are compiled": (

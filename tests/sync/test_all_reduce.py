@@ -97,7 +97,7 @@ def without_gradient(member):
             self.never = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
 
     model = Two()
-    replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=1.0, weight_decay=0.5), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=1.0, weight_decay=0.5), mesh=Mesh.alone())
     sync = AllReduce().build(_link(member))
     sync.start(replica)
     sync.begin(1, replica, 1)
@@ -124,7 +124,7 @@ def summed(member, reduction, pure):
     model = torch.nn.Linear(64, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     states = Masters(model, torch.bfloat16 if pure else torch.float32, pure=pure)
-    replica = ModuleReplica(states, SGD(lr=1.0), None, mesh=Mesh.alone(), reduction=reduction)
+    replica = ModuleReplica(states, SGD(lr=1.0), mesh=Mesh.alone(), reduction=reduction)
     between = _link(member)
     sync = AllReduce().build(between)
     sync.start(replica)
@@ -163,7 +163,7 @@ def sharded(member):
     with enter(place, claim(place), member.store, Grid(shard=2), timeout_s=30.0, loopback=True) as world:
         model, goal = tiny_llama(), objective()
         states = ShardedStates(model, world.mesh, torch.float64, zero=3)
-        replica = ModuleReplica(states, SGD(lr=0.3), None, mesh=world.mesh)
+        replica = ModuleReplica(states, SGD(lr=0.3), mesh=world.mesh)
         sync = AllReduce(bucket_mib=0.002).build(world.link)
         sync.start(replica)
         schedule = Accumulate(model, goal, seed=0, device=CPU)

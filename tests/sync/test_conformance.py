@@ -26,7 +26,7 @@ def test_one_replica_is_plain_training(name):
     plain = tiny_llama()
     assert_equal_training(train(None, micro=7), train(None, micro=7, sync={"name": name}), FP64_EQUAL)
     strategy = choose(SYNCS, name).build(LocalLink())
-    replica = ModuleReplica(Masters(plain, torch.float64), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(plain, torch.float64), SGD(), mesh=Mesh.alone())
     strategy.start(replica)
     assert strategy.begin(1, replica, 5) == 5
     assert choose(SYNCS, name).wire_bytes({"w": (10, 10)}, 1) == 0
@@ -41,7 +41,7 @@ def test_replicas_agree_and_a_second_run_gives_the_same_bits(name, pool):
 
 
 def start_unequal(member, name):
-    replica = ModuleReplica(Masters(tiny_llama(seed=member.index), torch.float64), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(tiny_llama(seed=member.index), torch.float64), SGD(), mesh=Mesh.alone())
     between = link.connect(
         member.store, index=member.index, size=member.size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True
     )
@@ -90,7 +90,7 @@ def branching(member, name):
     index, size, store = (member.index, member.size, member.store) if member else (0, 1, None)
     between = link.connect(store, index=index, size=size, coordinate=0, backend="gloo", timeout_s=10.0, loopback=True)
     model = Branching()
-    replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=0.1), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=0.1), mesh=Mesh.alone())
     strategy = choose(SYNCS, {"name": name}).build(between)
     strategy.start(replica)
     schedule = Accumulate(model, ByPlace(), seed=0, device=CPU)

@@ -21,7 +21,7 @@ STEPS = 12
 def replica_of(dtype: torch.dtype) -> tuple[nn.Module, ModuleReplica]:
     torch.manual_seed(0)
     model = nn.Linear(3, 4).to(torch.promote_types(dtype, torch.float32))
-    return model, ModuleReplica(Masters(model, dtype), SGD(), None, mesh=Mesh.alone())
+    return model, ModuleReplica(Masters(model, dtype), SGD(), mesh=Mesh.alone())
 
 
 def trained(options, dtype=torch.float64, steps=STEPS, watch=None):

@@ -21,7 +21,7 @@ def small() -> nn.Module:
 
 
 def changes(model: nn.Module) -> tuple[Changes, ModuleReplica]:
-    replica = ModuleReplica(Masters(model, torch.float64), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(), mesh=Mesh.alone())
     return Changes(replica, [name for name, p in model.named_parameters() if p.requires_grad]), replica
 
 
@@ -52,7 +52,7 @@ def test_what_was_measured_before_is_forgotten():
 def test_norms_of_weights_in_bf16_are_not_rounded_to_it():
     """With 8 bits for a norm a change of a hundredth would be known badly, and cut otherwise it would be another."""
     model = small().float()
-    replica = ModuleReplica(Masters(model, torch.bfloat16, pure=True), SGD(), None, mesh=Mesh.alone(), rounding_seed=0)
+    replica = ModuleReplica(Masters(model, torch.bfloat16, pure=True), SGD(), mesh=Mesh.alone(), rounding_seed=0)
     found = Changes(replica, [shard.name for shard in replica.shards])
     before = {shard.name: shard.local.double() for shard in replica.shards}
     with found.measured():

@@ -11,6 +11,7 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.schedule.accumulate import Accumulate
 from paceline.sync.all_reduce import AllReduce
+from paceline.train.clip import ClipNorm
 from paceline.train.diagnose import locate
 from paceline.train.replica import ModuleReplica
 from paceline.train.step import train_step
@@ -24,7 +25,7 @@ def batches():
 
 
 def found(model: nn.Module, dtype: torch.dtype = torch.float64) -> NonFiniteError:
-    replica = ModuleReplica(Masters(model, dtype), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, dtype), SGD(), mesh=Mesh.alone())
     return locate(ERROR, model, replica, objective(), batches(), "replica 0, rank 0")
 
 
@@ -69,7 +70,7 @@ def test_what_is_random_is_drawn_again_as_it_was():
         return output * (float("inf") if drawn[-1:] == [(4, 5, 6, 7)] else 1.0)
 
     model.model.layers[1].mlp.register_forward_hook(fault)
-    replica = ModuleReplica(Masters(model, torch.float64), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(), mesh=Mesh.alone())
     error = locate(ERROR, model, replica, objective(), batches(), "replica 0, rank 0", drawing)
     assert "began in the output of model.layers.1.mlp" in str(error) and drawn[1] is None
 
@@ -77,7 +78,7 @@ def test_what_is_random_is_drawn_again_as_it_was():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gradients_are_left_clean_and_no_sync_is_told(dtype):
     model, told = tiny_llama(), []
-    replica = ModuleReplica(Masters(model, dtype), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, dtype), SGD(), mesh=Mesh.alone())
     replica.on_gradient_ready(told.append)
     replica.expect(True)  # as the failed step left it
     locate(ERROR, model, replica, objective(), batches(), "replica 0, rank 0")
@@ -89,7 +90,7 @@ def test_step_raises_before_the_weights_change(value):
     model = tiny_llama()
     model.lm_head.register_forward_hook(lambda _m, _i, out: out * value)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    replica = ModuleReplica(Masters(model, torch.float64), SGD(), 1.0, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(), [ClipNorm(1.0)], mesh=Mesh.alone())
     sync = AllReduce().build(LocalLink())
     sync.start(replica)
     schedule = Accumulate(model, objective(), seed=0, device=torch.device("cpu"))

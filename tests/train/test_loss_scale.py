@@ -24,6 +24,7 @@ from paceline.plan.precision import PRECISIONS
 from paceline.schedule.accumulate import Accumulate
 from paceline.sync.all_reduce import AllReduce
 from paceline.train.build import Goal, build
+from paceline.train.clip import ClipNorm
 from paceline.train.loss_scale import MOST, LossScale
 from paceline.train.step import train_step
 from parity import CPU, SEQUENCE_TOKENS, VOCABULARY, objective, rows, share, tiny_llama
@@ -155,7 +156,7 @@ def tiny(mesh, layout, precision, goal=None):
         layout=LayoutConfig(**layout),
         mesh=mesh,
         optimizer=SGD(lr=RATE, momentum=MOMENTUM),
-        clip_norm=CLIP,
+        adjust=lambda _: [ClipNorm(CLIP)],
         precision=PRECISIONS[precision],
         device=CPU,
         seed=0,

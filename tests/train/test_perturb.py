@@ -39,7 +39,7 @@ def perturbed(model: nn.Module, step: int, *, seed: int = 7, config: PerturbConf
     """Whether it was done, and the weights before and after."""
     perturb = Perturb(config, model, seed=seed, steps=10)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    replica = ModuleReplica(Masters(model, torch.float32), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.float32), SGD(), mesh=Mesh.alone())
     done = perturb.stepped(step, replica, ends_cycle=ends_cycle)
     return done, before, {name: p.detach() for name, p in model.named_parameters()}
 
@@ -80,7 +80,7 @@ def test_it_is_done_after_the_steps_named_and_never_after_the_last(at, step, end
 def test_the_copy_that_computes_follows():
     model = llama()
     perturb = Perturb(CONFIG, model, seed=0, steps=10)
-    replica = ModuleReplica(Masters(model, torch.bfloat16), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.bfloat16), SGD(), mesh=Mesh.alone())
     perturb.stepped(2, replica, ends_cycle=False)
     for shard in replica.shards:
         assert torch.equal(model.get_parameter(shard.name), shard.local.bfloat16())
@@ -118,5 +118,5 @@ def test_parameters_that_nothing_draws_are_refused_before_the_run():
 
 def test_without_it_nothing_is_kept_or_done():
     model = llama()
-    replica = ModuleReplica(Masters(model, torch.float32), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.float32), SGD(), mesh=Mesh.alone())
     assert not Perturb(None, model, seed=0, steps=10).stepped(2, replica, ends_cycle=True)

@@ -21,7 +21,7 @@ def parts(member, dtype, pure, reduction):
         model = nn.Linear(8, 1, bias=False, dtype=torch.promote_types(dtype, torch.float32))
         held = {"weight": Held(full_shape=(1, 8), summed_over=mesh.tensor, is_owner=member.index == 0)}
         made = ModuleReplica(
-            Masters(model, dtype, pure=pure), SGD(), None, mesh=mesh, held=held, reduction=reduction, rounding_seed=None
+            Masters(model, dtype, pure=pure), SGD(), mesh=mesh, held=held, reduction=reduction, rounding_seed=None
         )
         made.expect(True)
         (model.weight * (256.0, 1.0, 1.0)[member.index]).sum().backward()
@@ -59,7 +59,7 @@ def test_bytes_of_a_parameter(precision, expected):
     model, chosen = nn.Linear(32, 32, bias=False), PRECISIONS[precision]
     compute = getattr(torch, chosen.compute)
     states = Masters(model, compute, pure=chosen.is_pure)
-    made = ModuleReplica(states, AdamW(), None, mesh=Mesh.alone(), rounding_seed=0 if chosen.is_pure else None)
+    made = ModuleReplica(states, AdamW(), mesh=Mesh.alone(), rounding_seed=0 if chosen.is_pure else None)
     model(torch.ones(1, 32, dtype=compute)).sum().backward()
     (shard,) = made.shards
     held = {id(tensor): tensor for tensor in (model.weight, shard.parameter, shard.parameter.grad)}

@@ -67,7 +67,7 @@ def learn(held: ModuleReplica, steps: int = 4) -> None:
 
 
 def alone(options, seed=0, steps=4):
-    held = ModuleReplica(Masters(Several(), BF16, pure=True), options, None, mesh=Mesh.alone(), rounding_seed=seed)
+    held = ModuleReplica(Masters(Several(), BF16, pure=True), options, mesh=Mesh.alone(), rounding_seed=seed)
     learn(held, steps)
     return {name: boxes[0][1] for name, boxes in full_tensors(held).items()}
 
@@ -92,7 +92,7 @@ def cut(member, how, options):
 
 
 def trained(states, options, mesh, held=None):
-    made = ModuleReplica(states, options, None, mesh=mesh, held=held, rounding_seed=0)
+    made = ModuleReplica(states, options, mesh=mesh, held=held, rounding_seed=0)
     learn(made)
     return made
 
@@ -126,7 +126,7 @@ def test_every_optimizer_is_what_it_is_in_fp32_rounded(name, monkeypatch):
     monkeypatch.setattr(rounded, "CHUNK", 40)  # several chunks
     options = registry.OPTIMIZERS.load(name)(lr=0.01)
     model = Several()
-    held = ModuleReplica(Masters(model, BF16, pure=True), options, None, mesh=Mesh.alone(), rounding_seed=5)
+    held = ModuleReplica(Masters(model, BF16, pure=True), options, mesh=Mesh.alone(), rounding_seed=5)
     assert len(held.optimizer._chunks) > 2
     exact = {shard.name: nn.Parameter(shard.local.float()) for shard in held.shards}
     optimizer = options.build(exact, FullTensors.alone(exact))
@@ -149,9 +149,7 @@ def test_every_optimizer_is_what_it_is_in_fp32_rounded(name, monkeypatch):
 
 def test_rounding_follows_from_seed_step_and_name(monkeypatch):
     def once(seed, step, prefix=""):
-        held = ModuleReplica(
-            Masters(Several(), BF16, pure=True), SGD(lr=1e-3), None, mesh=Mesh.alone(), rounding_seed=seed
-        )
+        held = ModuleReplica(Masters(Several(), BF16, pure=True), SGD(lr=1e-3), mesh=Mesh.alone(), rounding_seed=seed)
         held.begin(step)
         for shard in held.shards:
             shard.set_gradient(gradient(shard.name, shard.local.shape, 1))
@@ -166,7 +164,7 @@ def test_rounding_follows_from_seed_step_and_name(monkeypatch):
 
 
 def test_a_parameter_without_a_gradient_stays_and_has_no_state():
-    held = ModuleReplica(Masters(Several(), BF16, pure=True), AdamW(), None, mesh=Mesh.alone(), rounding_seed=0)
+    held = ModuleReplica(Masters(Several(), BF16, pure=True), AdamW(), mesh=Mesh.alone(), rounding_seed=0)
     held.begin(1)
     held.shards[0].set_gradient(torch.ones_like(held.shards[0].local))
     held.finish(lambda wish: wish)
@@ -177,7 +175,7 @@ def test_a_parameter_without_a_gradient_stays_and_has_no_state():
 
 def test_rates_reach_every_chunk(monkeypatch):
     monkeypatch.setattr(rounded, "CHUNK", 1)
-    held = ModuleReplica(Masters(Several(), BF16, pure=True), SGD(lr=0.5), None, mesh=Mesh.alone(), rounding_seed=0)
+    held = ModuleReplica(Masters(Several(), BF16, pure=True), SGD(lr=0.5), mesh=Mesh.alone(), rounding_seed=0)
     before = {shard.name: shard.local.clone() for shard in held.shards}
     held.set_rate_factor(0.0)
     learn(held, 1)
@@ -189,7 +187,7 @@ def test_memory_of_a_parameter(monkeypatch):
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(10)))
     count = 10 * 64 * 64
     monkeypatch.setattr(rounded, "CHUNK", 64 * 64)
-    held = ModuleReplica(Masters(model, BF16, pure=True), AdamW(), None, mesh=Mesh.alone(), rounding_seed=0)
+    held = ModuleReplica(Masters(model, BF16, pure=True), AdamW(), mesh=Mesh.alone(), rounding_seed=0)
     assert {id(p) for p in model.parameters()} == {id(s.parameter) for s in held.shards}, "no second copy learns"
     copies = [copy for chunk in held.optimizer._chunks for copy in chunk._copies.values()]
     in_fp32: list[int] = []
@@ -222,7 +220,7 @@ def accumulate(member, zero):
         states = (
             Masters(model, BF16, pure=True) if zero is None else ShardedStates(model, mesh, BF16, zero=zero, pure=True)
         )
-        made = ModuleReplica(states, SGD(), None, mesh=mesh, rounding_seed=0)
+        made = ModuleReplica(states, SGD(), mesh=mesh, rounding_seed=0)
         for i, value in enumerate((256.0, 1.0, 1.0)):
             made.expect(i == 2)
             model(torch.full((1, 1), value / member.size, dtype=BF16)).sum().backward()

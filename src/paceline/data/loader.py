@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from paceline.data.order import Order
+from paceline.data.partners import partners
 from paceline.data.rows import Row, Rows
 from paceline.plan.batch import Batches
 
@@ -22,12 +23,22 @@ class Loader:
 
     Slot b of a step is of rank b modulo their number. Every rank gets the same number of micro-batches of the same
     number of rows. Missing rows are filled up with the rank's first row at weight 0.0; a filler is numbered like the
-    slot it stands in, at or past the end of the step, so that sequence numbers are unique within a step.
+    slot it stands in, at or past the end of the step, so that sequence numbers are unique within a step. With
+    ``partner_seed`` each row comes with another one of its step, of any rank.
     """
 
-    def __init__(self, rows: Sequence[Rows], order: Order, batches: Batches, *, rank: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Rows],
+        order: Order,
+        batches: Batches,
+        *,
+        rank: int,
+        partner_seed: int | None = None,
+    ) -> None:
         assert 0 <= rank < batches.full.data_parallel, (rank, batches.full)
         self._rows, self._order, self._batches, self._rank = rows, order, batches, rank
+        self._partner_seed = partner_seed
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paceline-loader")
         self._ahead: deque[tuple[tuple[int, int], Future[MicroBatches]]] = deque()
         self.wait_s = 0.0
@@ -72,13 +83,18 @@ class Loader:
         plan = self._batches.at(step)
         samples = self._order.slots(first, plan.sequences)
         sources, rows = self._order.draw(first, plan.sequences)
+
+        def row_of(sample: int) -> Row:
+            return self._rows[int(sources[sample - first])].row(int(rows[sample - first]), sample)
+
+        others = None if self._partner_seed is None else partners(first, plan.sequences, self._partner_seed)
         share: list[Row] = []
         for place in range(plan.micro_batches * plan.micro):
             slot = self._rank + plan.data_parallel * place
             if slot < plan.sequences:
                 sample = int(samples[slot])
-                source, row = int(sources[sample - first]), int(rows[sample - first])
-                share.append(self._rows[source].row(row, sample))
+                partner = None if others is None else row_of(int(others[sample - first])).tokens
+                share.append(replace(row_of(sample), partner=partner))
             else:
                 share.append(replace(share[0], sequence=first + slot, weight=0.0))
         return [share[begin : begin + plan.micro] for begin in range(0, len(share), plan.micro)]

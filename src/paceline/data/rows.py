@@ -23,6 +23,8 @@ class Row:
     """(m,) token ids of the second column; paired data only."""
     weight: float = 1.0
     """0.0 for a row that only fills up a micro-batch and must not count."""
+    partner: Ints | None = None
+    """(l,) token ids of another row of the step, for objectives that mix rows; None for all others."""
 
 
 class Rows(Protocol):

@@ -17,18 +17,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from paceline.config import DataConfig, Options
+from paceline.config import DataConfig, Fraction, NonNegative, Options
 from paceline.data.rows import Ints, Row
 from paceline.data.tokenizer import SpecialTokens
 from paceline.errors import ModelError
 from paceline.models.heads import Head
-from paceline.objectives.cross_entropy import NO_TARGET, summed_cross_entropy
+from paceline.objectives.cross_entropy import plain_cross_entropy, summed_cross_entropy
 from paceline.objectives.deferred import DeferredLogits, deferring
 from paceline.objectives.drawn import Draw, drawn_labels
 from paceline.objectives.fused_cross_entropy import fuses_loss
 from paceline.objectives.head_cross_entropy import head_cross_entropy
+from paceline.objectives.mixup import Mixed, mixing
+from paceline.objectives.softening import CERTAIN, NO_TARGET, Softening
 from paceline.objectives.vocabulary import vocabulary_cut
 
 Arrays = dict[str, NDArray[Any] | bool]
@@ -46,6 +47,8 @@ class Batch:
     """How many targets there are; may be 0."""
     sequences: tuple[int, ...]
     """Place of each row in the run's global order."""
+    mixed: Mixed | None = None
+    """What of other sequences is mixed in; None for nothing."""
     columns: Tensor | None = None
     """(P,) int64, on the CPU: the positions of the whole sequence that the inputs are a part of; None for all."""
     scale: float = 1.0
@@ -59,7 +62,8 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=self.labels.to(device))
+        mixed = None if self.mixed is None else self.mixed.to(device)
+        return replace(self, inputs=inputs, labels=self.labels.to(device), mixed=mixed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +99,22 @@ class ObjectiveOptions(Options):
     overlap: ClassVar[int] = 0
     """Tokens that neighbouring rows share."""
 
+    label_smoothing: Fraction = 0.0
+    """Share of a target that is spread evenly over the vocabulary; in training, not where the held-out part is
+    measured."""
+    z_loss: NonNegative = 0.0
+    """Strength of a penalty on the square of log(sum(exp(logits))) of each target, in training; 1e-4 is usual."""
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether each row is to come with another one of its step."""
+        return False
+
+    @property
+    def softening(self) -> Softening:
+        """What is added to the loss of a target."""
+        return Softening(label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+
     def columns(self, data: DataConfig) -> tuple[str, ...]:
         """The columns to read: one, or (source, target) for pairs."""
         return (data.field,)
@@ -112,14 +132,16 @@ class ObjectiveOptions(Options):
         """Make the runtime; ``PlanError`` where tokenizer, model or data do not fit."""
 
 
-def token_loss(model: nn.Module, batch: Batch) -> Tensor:
+def token_loss(model: nn.Module, batch: Batch, softening: Softening = CERTAIN) -> Tensor:
     """Summed cross-entropy of the model's logits at all targets of the batch: scalar fp32.
+
+    While the model is in training mode ``softening`` is part of it, but not of the loss of labels that are drawn.
 
     Where the logits are what the model's linear head gives, no more than a chunk of them is ever there. Where the
     model's vocabulary is cut over ranks, each has the logits of its own entries, and all get the same sum.
     Raises ``ModelError`` if the model does not take the batch's inputs or gives no (B, S, V) logits.
     """
-    with deferring(model):
+    with deferring(model), mixing(model, batch.mixed):
         logits_BSV = logits_of(model, batch.inputs)
     if logits_BSV.shape[:-1] != batch.labels.shape:
         raise ModelError(
@@ -127,16 +149,19 @@ def token_loss(model: nn.Module, batch: Batch) -> Tensor:
             f"({', '.join(str(size) for size in batch.labels.shape)}, vocabulary)"
         )
     labels_BS, cut = batch.labels, vocabulary_cut(model)
+    softening = softening if model.training else CERTAIN
+    second = None if batch.mixed is None else batch.mixed.second
     if batch.draw is not None:
         labels_BS = drawn_labels(
             logits_BSV, labels_BS, batch.draw, sequences=batch.sequences, columns=batch.columns, cut=cut
         )
+        softening, second = CERTAIN, None  # the curvature is that of the model's own distribution
     if batch.twice:
-        logits_NV = logits_BSV.flatten(0, -2).to(torch.promote_types(logits_BSV.dtype, torch.float32))
-        return F.cross_entropy(logits_NV, labels_BS.flatten(), ignore_index=NO_TARGET, reduction="sum")
+        return plain_cross_entropy(logits_BSV, labels_BS, softening, second)
     if isinstance(logits_BSV, DeferredLogits):
-        return head_cross_entropy(*logits_BSV.parts(), labels_BS, cut, scale=batch.scale, fused=fuses_loss(model))
-    return summed_cross_entropy(logits_BSV, labels_BS, cut)
+        parts, fused = logits_BSV.parts(), fuses_loss(model)
+        return head_cross_entropy(*parts, labels_BS, cut, softening, second, scale=batch.scale, fused=fused)
+    return summed_cross_entropy(logits_BSV, labels_BS, cut, softening, second)
 
 
 @torch.no_grad()

@@ -5,21 +5,22 @@ their gradient, in their own dtype, and two chunks in fp32. The result does not 
 independent, and their losses are added at once.
 
 Where the vocabulary is cut over ranks, each has the logits of its own entries, and they stay there. The ranks tell each
-other three fp32 numbers a position: the greatest of their logits, the sum of exponentials above it, the target's logit.
+other three fp32 numbers a position: the greatest of their logits, the sum of exponentials above it, the target's logit;
+with label smoothing a fourth, the sum of their logits.
 
-Shapes: B rows, S positions, N = B x S, V vocabulary (a rank's part of it), C rows of a chunk.
+Shapes: B rows, S positions, N = B x S, V vocabulary (a rank's part of it), C rows of a chunk, R ranks, M
+numbers.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from paceline.objectives.softening import CERTAIN, NO_TARGET, Second, Softening, Targets
 from paceline.objectives.vocabulary import VocabularyCut
-
-NO_TARGET = -100
 
 CPU_CHUNK = 1 << 21
 """fp32 elements of a chunk, 8 MiB: near the caches, yet so large that threads seldom wait for each other."""
@@ -27,45 +28,116 @@ DEVICE_CHUNK = 1 << 26
 """The same elsewhere, 256 MiB: few large kernels."""
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor, cut: VocabularyCut | None = None) -> Tensor:
-    """Sum of -log softmax(logits)[label] over all positions whose label is not -100.
+def summed_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    cut: VocabularyCut | None = None,
+    softening: Softening = CERTAIN,
+    second: Second | None = None,
+) -> Tensor:
+    """Sum of -log softmax(logits)[label] over all positions whose label is not -100, or of what ``softening`` says.
 
-    ``logits`` (B, S, V) or (N, V), any floating dtype; ``labels`` (B, S) or (N,) int64. With ``cut`` the logits are of
-    this rank's entries and padding, the labels of the whole vocabulary, and all ranks get the same sum. Returns a
-    scalar, computed in fp32 (fp64 for fp64 logits); exactly 0 where no position has a target. Differentiable once in
-    ``logits``, whose gradient has their dtype. Raises ``RuntimeError`` for a label outside the vocabulary.
+    ``logits`` (B, S, V) or (N, V), any floating dtype; ``labels`` (B, S) or (N,) int64, ``second`` alike. With ``cut``
+    the logits are of this rank's entries and padding, the labels of the whole vocabulary, and all ranks get the same
+    sum. Returns a scalar, computed in fp32 (fp64 for fp64 logits); exactly 0 where no position has a target.
+    Differentiable once in ``logits``, whose gradient has their dtype. Raises ``RuntimeError`` for a label outside the
+    vocabulary.
     """
-    total: Tensor = _SummedCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), cut)  # type: ignore[no-untyped-call]
+    targets, has_target_N1 = Targets.of(labels, softening, second), labels.reshape(-1, 1) != NO_TARGET
+    total: Tensor = _SummedCrossEntropy.apply(logits.flatten(0, -2), targets, has_target_N1, cut)  # type: ignore[no-untyped-call]
     return total
+
+
+def plain_cross_entropy(
+    logits: Tensor, labels: Tensor, softening: Softening = CERTAIN, second: Second | None = None
+) -> Tensor:
+    """The same of whole logits, by functions that can be differentiated any number of times: they are all kept."""
+    logits_NV = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    targets, has_target_N1 = Targets.of(labels, softening, second), labels.reshape(-1, 1) != NO_TARGET
+    level_N1, score_N1 = logits_NV.logsumexp(1, keepdim=True), targets.score(logits_NV)
+    mean_N1 = logits_NV.mean(1, keepdim=True) if softening.label_smoothing else None
+    losses_N1 = targets.losses(level_N1 - score_N1, score_N1, mean_N1, level_N1 if softening.z_loss else None)
+    return losses_N1.where(has_target_N1, 0.0).sum()
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, cut: VocabularyCut | None) -> Tensor:
-        has_target_N1 = (labels_N != NO_TARGET).unsqueeze(1)
-        labels_N1 = labels_N.unsqueeze(1).where(has_target_N1, 0)
-        ctx.cut = cut
-        if cut is None:
-            ctx.save_for_backward(logits_NV, labels_N1, has_target_N1)
-            greatest_N1, probability_N1 = _greatest(logits_NV)
-            losses_N1 = greatest_N1 - probability_N1.log() - logits_NV.gather(1, labels_N1)
-        else:
-            greatest_N1, sum_N1, target_N1 = over_ranks(logits_NV[:, : cut.entries], labels_N1, cut)
-            ctx.save_for_backward(logits_NV, labels_N1, has_target_N1, greatest_N1, sum_N1)
-            losses_N1 = greatest_N1 - target_N1 + sum_N1.log()
-        return losses_N1.masked_fill_(~has_target_N1, 0.0).sum()
+    def forward(
+        ctx: Any, logits_NV: Tensor, targets: Targets, has_target_N1: Tensor, cut: VocabularyCut | None
+    ) -> Tensor:
+        found = _alone(logits_NV, targets) if cut is None else over_ranks(logits_NV[:, : cut.entries], targets, cut)
+        ctx.targets, ctx.cut = targets, cut
+        ctx.save_for_backward(logits_NV, has_target_N1, found.greatest_N1, found.sum_N1)
+        return found.losses(targets).masked_fill_(~has_target_N1, 0.0).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, labels_N1, has_target_N1, *of_all_ranks = ctx.saved_tensors
-        if ctx.cut is None:
-            grad_NV = _gradient(logits_NV, labels_N1, grad_total)
-        else:
-            greatest_N1, sum_N1 = of_all_ranks
-            grad_NV = _own_gradient(logits_NV, labels_N1, greatest_N1, sum_N1, grad_total, ctx.cut)
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_NV, has_target_N1, greatest_N1, sum_N1 = ctx.saved_tensors
+        targets, cut = ctx.targets, ctx.cut
+        grad_NV = torch.zeros_like(logits_NV) if cut is not None else torch.empty_like(logits_NV)
+        logits_NV, own_NV = (logits_NV, grad_NV) if cut is None else (t[:, : cut.entries] for t in (logits_NV, grad_NV))
+        level_N1 = greatest_N1 + sum_N1.log() if targets.softening.z_loss else None
+        for rows in _chunks(logits_NV) if own_NV.shape[1] else ():
+            logits_CV = logits_NV[rows].to(sum_N1.dtype)
+            if cut is None:
+                softmax_CV = torch.softmax(logits_CV, dim=1)
+            else:
+                softmax_CV = (logits_CV - greatest_N1[rows]).exp_().div_(sum_N1[rows])
+            level_C1 = None if level_N1 is None else level_N1[rows]
+            own_NV[rows] = targets.at(rows).gradient(softmax_CV, level_C1, cut).mul_(grad_total)
         without = has_target_N1.logical_not().squeeze(1).nonzero().squeeze(1)
-        return grad_NV.index_fill_(0, without, 0.0), None, None
+        return grad_NV.index_fill_(0, without, 0.0), None, None, None
+
+
+class Found(NamedTuple):
+    """What a loss is made of, in fp32 or more; of a cut vocabulary equal on all ranks, bit for bit."""
+
+    greatest_N1: Tensor
+    """Logit of a position."""
+    sum_N1: Tensor
+    """Of exponentials above the greatest."""
+    score_N1: Tensor
+    mean_N1: Tensor | None
+    """Of all logits; where it is asked for."""
+
+    def losses(self, targets: Targets) -> Tensor:
+        """Of the positions (N, 1)."""
+        log_sum_N1 = self.sum_N1.log()
+        level_N1 = self.greatest_N1 + log_sum_N1 if targets.softening.z_loss else None
+        certain_N1 = self.greatest_N1 - self.score_N1 + log_sum_N1
+        return targets.losses(certain_N1, self.score_N1, self.mean_N1, level_N1)
+
+
+def _alone(logits_NV: Tensor, targets: Targets) -> Found:
+    """Of whole logits."""
+    greatest_N1, probability_N1 = _greatest(logits_NV)
+    mean_N1 = None
+    if targets.softening.label_smoothing:
+        mean_N1 = logits_NV.sum(1, keepdim=True, dtype=greatest_N1.dtype) / logits_NV.shape[1]
+    score_N1 = targets.score(logits_NV).to(greatest_N1.dtype)
+    return Found(greatest_N1, probability_N1.reciprocal_(), score_N1, mean_N1)
+
+
+def over_ranks(logits_NV: Tensor, targets: Targets, cut: VocabularyCut) -> Found:
+    """The same, of logits of this rank's entries."""
+    in_vocabulary = (targets.labels_NK >= 0) & (targets.labels_NK < cut.vocabulary)
+    torch._assert_async(in_vocabulary.all(), "label out of bounds")  # no rank would own it, and its logit would be 0
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    smooths = targets.softening.label_smoothing > 0.0
+    own_MN1 = torch.zeros((4 if smooths else 3, len(logits_NV), 1), dtype=dtype, device=logits_NV.device)
+    own_MN1[0] = -torch.inf
+    if cut.entries:
+        own_MN1[0], probability_N1 = _greatest(logits_NV)
+        own_MN1[1] = probability_N1.reciprocal_()
+        own_MN1[2] = targets.score(logits_NV, cut)
+        if smooths:
+            own_MN1[3] = logits_NV.sum(1, keepdim=True, dtype=dtype)
+    greatest_NR, sum_NR, *sums_NR = cut.axis.all_gather(own_MN1, 2, where="cross_entropy")
+    greatest_N1 = greatest_NR.amax(1, keepdim=True)
+    sum_N1 = (sum_NR * (greatest_NR - greatest_N1).exp()).sum(1, keepdim=True)
+    score_N1, *total_N1 = (part_NR.sum(1, keepdim=True) for part_NR in sums_NR)
+    return Found(greatest_N1, sum_N1, score_N1, total_N1[0] / cut.vocabulary if smooths else None)
 
 
 def _greatest(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,58 +151,6 @@ def _greatest(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         probability_N1[rows] = torch.softmax(logits_CV, dim=1).amax(1, keepdim=True)
         greatest_N1[rows] = logits_CV.amax(1, keepdim=True)
     return greatest_N1, probability_N1
-
-
-def _gradient(logits_NV: Tensor, labels_N1: Tensor, grad_total: Tensor) -> Tensor:
-    grad_NV = torch.empty_like(logits_NV)
-    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-    minus_one = torch.full((1, 1), -1.0, dtype=dtype, device=logits_NV.device)
-    for rows in _chunks(logits_NV):
-        grad_CV = torch.softmax(logits_NV[rows].to(dtype), dim=1)
-        grad_CV.scatter_add_(1, labels_N1[rows], minus_one.expand(len(grad_CV), 1))
-        grad_NV[rows] = grad_CV.mul_(grad_total)
-    return grad_NV
-
-
-def over_ranks(logits_NV: Tensor, labels_N1: Tensor, cut: VocabularyCut) -> tuple[Tensor, Tensor, Tensor]:
-    """The greatest logit of all ranks, the sum of exponentials above it, and the target's logit, all (N, 1).
-
-    They are equal on all ranks, bit for bit.
-    """
-    in_vocabulary = (labels_N1 >= 0) & (labels_N1 < cut.vocabulary)
-    torch._assert_async(in_vocabulary.all(), "label out of bounds")  # no rank would own it, and its logit would be 0
-    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-    own_3N1 = torch.zeros((3, len(logits_NV), 1), dtype=dtype, device=logits_NV.device)
-    own_3N1[0] = -torch.inf
-    if cut.entries:
-        columns_N1, is_own_N1 = own_columns(labels_N1, cut)
-        own_3N1[0], probability_N1 = _greatest(logits_NV)
-        own_3N1[1] = probability_N1.reciprocal()
-        own_3N1[2] = logits_NV.gather(1, columns_N1).where(is_own_N1, 0.0)
-    greatest_NR, sum_NR, target_NR = cut.axis.all_gather(own_3N1, 2, where="cross_entropy")
-    greatest_N1 = greatest_NR.amax(1, keepdim=True)
-    sum_N1 = (sum_NR * (greatest_NR - greatest_N1).exp()).sum(1, keepdim=True)
-    return greatest_N1, sum_N1, target_NR.sum(1, keepdim=True)
-
-
-def _own_gradient(
-    logits_NV: Tensor, labels_N1: Tensor, greatest_N1: Tensor, sum_N1: Tensor, grad_total: Tensor, cut: VocabularyCut
-) -> Tensor:
-    grad_NV = torch.zeros_like(logits_NV)
-    logits_NV, own_NV = logits_NV[:, : cut.entries], grad_NV[:, : cut.entries]
-    columns_N1, is_own_N1 = own_columns(labels_N1, cut)
-    for rows in _chunks(logits_NV) if cut.entries else ():
-        grad_CV = (logits_NV[rows].to(sum_N1.dtype) - greatest_N1[rows]).exp_().div_(sum_N1[rows])
-        grad_CV.scatter_add_(1, columns_N1[rows], -is_own_N1[rows].to(sum_N1.dtype))
-        own_NV[rows] = grad_CV.mul_(grad_total)
-    return grad_NV
-
-
-def own_columns(labels_N1: Tensor, cut: VocabularyCut) -> tuple[Tensor, Tensor]:
-    """The labels as columns of this rank, 0 for those of other ranks, and which are its own."""
-    columns_N1 = labels_N1 - cut.start
-    is_own_N1 = (columns_N1 >= 0) & (columns_N1 < cut.entries)
-    return columns_N1.where(is_own_N1, 0), is_own_N1
 
 
 def _chunks(logits_NV: Tensor) -> Iterator[slice]:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paceline.models.chance import fold, stream_seed
-from paceline.objectives.cross_entropy import NO_TARGET
 from paceline.objectives.deferred import DeferredLogits
 from paceline.objectives.head_cross_entropy import rows_at_a_time
+from paceline.objectives.softening import NO_TARGET
 from paceline.objectives.vocabulary import VocabularyCut
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from paceline.objectives.cross_entropy import NO_TARGET, over_ranks, own_columns
+from paceline.objectives.cross_entropy import over_ranks
 from paceline.objectives.fused_cross_entropy import fused_cross_entropy
+from paceline.objectives.softening import CERTAIN, NO_TARGET, Second, Softening, Targets
 from paceline.objectives.vocabulary import VocabularyCut
 
 CPU_CHUNK = 1 << 22
@@ -33,24 +34,29 @@ def head_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     cut: VocabularyCut | None = None,
+    softening: Softening = CERTAIN,
+    second: Second | None = None,
     *,
     scale: float = 1.0,
     fused: bool = False,
 ) -> Tensor:
-    """Sum of -log softmax(hidden @ weight.T + bias)[label] over all positions whose label is not -100.
+    """Sum of -log softmax(hidden @ weight.T + bias)[label] over all positions whose label is not -100, or of what
+    ``softening`` says.
 
     ``hidden`` (B, S, D) or (N, D), ``weight`` (V, D) and ``bias`` (V,) of one floating dtype, in which the logits are;
-    ``labels`` (B, S) or (N,) int64. With ``cut`` the head has this rank's entries and padding, the labels are of the
-    whole vocabulary, and all ranks get the same sum, though of the gradient of ``hidden`` each has its part. ``scale``:
-    what the sum's own gradient is expected to be, with which gradients in fp16 are held until it comes. ``fused``: by
-    one kernel where the vocabulary is not cut, of a model that ``fuses_loss``. Returns a scalar, computed in fp32 (fp64
-    for fp64); exactly 0 where no position has a target. Differentiable once. Raises ``IndexError`` or ``RuntimeError``
-    for a label outside the vocabulary.
+    ``labels`` (B, S) or (N,) int64, ``second`` alike. With ``cut`` the head has this rank's entries and padding, labels
+    are of the whole vocabulary, and all ranks get the same sum, though of the gradient of ``hidden`` each has its part.
+    ``scale``: what the sum's own gradient is expected to be, with which gradients in fp16 are held until it comes.
+    ``fused``: by one kernel where the vocabulary is not cut and a position has one label, of a model that
+    ``fuses_loss``. Returns a scalar, computed in fp32 (fp64 for fp64); exactly 0 where no position has a target.
+    Differentiable once. Raises ``IndexError`` or ``RuntimeError`` for a label outside the vocabulary.
     """
-    learns = torch.is_grad_enabled()
-    given = hidden.flatten(0, -2), weight, bias, labels.flatten()
+    places_T = (labels.flatten() != NO_TARGET).nonzero().squeeze(1)
+    targets, learns = Targets.of(labels, softening, second).at(places_T), torch.is_grad_enabled()
+    given = hidden.flatten(0, -2), weight, bias, places_T, targets
     ahead = scale if hidden.dtype is torch.float16 else 1.0
-    total: Tensor = _HeadCrossEntropy.apply(*given, cut, learns, ahead, fused and cut is None)  # type: ignore[no-untyped-call]
+    fused = fused and cut is None and softening == CERTAIN and second is None
+    total: Tensor = _HeadCrossEntropy.apply(*given, cut, learns, ahead, fused)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -61,27 +67,27 @@ class _HeadCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        labels_N: Tensor,
+        places_T: Tensor,
+        targets: Targets,
         cut: VocabularyCut | None,
         learns: bool,
         scale: float,
         fused: bool,
     ) -> Tensor:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-        targets_T = (labels_N != NO_TARGET).nonzero().squeeze(1)
-        losses_T1 = torch.empty((len(targets_T), 1), dtype=dtype, device=hidden_ND.device)
+        losses_T1 = torch.empty((len(places_T), 1), dtype=dtype, device=hidden_ND.device)
         ctx.scale = losses_T1.new_tensor(scale)  # rounded as the gradient of the sum will be
         wanted = [learns and needs for needs in ctx.needs_input_grad[:3]]
         grads = _Gradients(hidden_ND, weight_VD, bias_V, wanted, dtype)
         entries = len(weight_VD) if cut is None else cut.entries
         own_VD, own_V = weight_VD[:entries], None if bias_V is None else bias_V[:entries]
         rows = rows_at_a_time(len(weight_VD), on_cpu=weight_VD.device.type == "cpu")
-        for begin in range(0, len(targets_T), rows):
-            chunk_C = targets_T[begin : begin + rows]
+        for begin in range(0, len(places_T), rows):
+            chunk = slice(begin, begin + rows)
+            chunk_C = places_T[chunk]
             hidden_CD = hidden_ND[chunk_C]
             logits_CV = F.linear(hidden_CD, own_VD, own_V)
-            losses_C1, grad_CV = _chunk(logits_CV, labels_N[chunk_C].unsqueeze(1), cut, any(wanted), fused)
-            losses_T1[begin : begin + rows] = losses_C1
+            losses_T1[chunk], grad_CV = _chunk(logits_CV, targets.at(chunk), cut, any(wanted), fused)
             if grad_CV is not None:
                 del logits_CV
                 scaled_CV = grad_CV if scale == 1.0 else grad_CV.mul_(scale)
@@ -127,27 +133,30 @@ class _Gradients:
 
 
 def _chunk(
-    logits_CV: Tensor, labels_C1: Tensor, cut: VocabularyCut | None, learns: bool, fused: bool
+    logits_CV: Tensor, targets: Targets, cut: VocabularyCut | None, learns: bool, fused: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The losses of some rows (C, 1), and if it ``learns`` the gradient of their sum (C, V), in fp32 or more, or
     ``fused`` in place of the logits."""
     if fused:
-        losses_C1 = fused_cross_entropy(logits_CV, labels_C1.squeeze(1), learns=learns)
+        losses_C1 = fused_cross_entropy(logits_CV, targets.labels_NK.squeeze(1), learns=learns)
         return losses_C1, logits_CV if learns else None
-    dtype = torch.promote_types(logits_CV.dtype, torch.float32)
+    dtype, level_C1 = torch.promote_types(logits_CV.dtype, torch.float32), None
     if cut is None:
-        columns_C1, is_own_C1 = labels_C1, torch.ones_like(labels_C1)
         log_CV = torch.log_softmax(logits_CV, 1, dtype=dtype)
-        losses_C1 = -log_CV.gather(1, labels_C1)
-        grad_CV = log_CV.exp_() if learns else None
+        score_C1 = targets.score(log_CV)  # less the level, and so is the mean
+        mean_C1 = log_CV.mean(1, keepdim=True) if targets.softening.label_smoothing else None
+        if targets.softening.z_loss:
+            level_C1 = targets.score(logits_CV).to(dtype) - score_C1
+        losses_C1 = targets.losses(-score_C1, score_C1, mean_C1, level_C1)
+        softmax_CV = log_CV.exp_() if learns else None
     else:
-        columns_C1, is_own_C1 = own_columns(labels_C1, cut)
-        greatest_C1, sum_C1, target_C1 = over_ranks(logits_CV, labels_C1, cut)
-        losses_C1 = greatest_C1 - target_C1 + sum_C1.log()
-        grad_CV = (logits_CV.to(dtype) - greatest_C1).exp_().div_(sum_C1) if learns else None
-    if grad_CV is not None and grad_CV.shape[1]:  # a rank may have no entry at all
-        grad_CV.scatter_add_(1, columns_C1, -is_own_C1.to(dtype))
-    return losses_C1, grad_CV
+        found = over_ranks(logits_CV, targets, cut)
+        losses_C1 = found.losses(targets)
+        level_C1 = found.greatest_N1 + found.sum_N1.log() if targets.softening.z_loss else None
+        softmax_CV = (logits_CV.to(dtype) - found.greatest_N1).exp_().div_(found.sum_N1) if learns else None
+    if softmax_CV is None or not softmax_CV.shape[1]:  # a rank may have no entry at all
+        return losses_C1, softmax_CV
+    return losses_C1, targets.gradient(softmax_CV, level_C1, cut)
 
 
 def rows_at_a_time(vocabulary: int, *, on_cpu: bool) -> int:

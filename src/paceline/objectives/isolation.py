@@ -60,7 +60,7 @@ def check_isolation(model: nn.Module, options: ObjectiveOptions, context: Object
     if numbers_BS.max() < 2:  # a sequence of one or two tokens
         return
     vocabulary = context.special.vocabulary
-    with _evaluating(model):
+    with evaluating(model):
         coupling = _influence(model, plain, numbers_BS, vocabulary)
         leak = _influence(model, isolated, numbers_BS, vocabulary)
         change = _distance_from_alone(model, isolated, numbers_BS)
@@ -125,7 +125,7 @@ def _tensor(inputs: Inputs, name: str) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; modules that were in it before stay in it."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -21,9 +21,9 @@ from paceline.objectives.base import (
     padding_id,
     token_loss,
 )
-from paceline.objectives.cross_entropy import NO_TARGET
 from paceline.objectives.isolation import document_numbers, document_positions
 from paceline.objectives.random import row_generator
+from paceline.objectives.softening import NO_TARGET
 
 
 class Masked(ObjectiveOptions):
@@ -103,7 +103,7 @@ class MaskedObjective:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The summed cross-entropy of the hidden tokens: scalar fp32."""
-        return token_loss(model, batch)
+        return token_loss(model, batch, self._options.softening)
 
     def _hide(self, row: Row, generator: np.random.Generator) -> tuple[Ints, Ints]:
         """Token ids as the model sees them, and labels; both (n,)."""

@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 from torch import Tensor, nn
 
 from paceline.data.rows import Row
-from paceline.models.heads import Head
-from paceline.objectives.base import Batch, ObjectiveContext, ObjectiveOptions, padding_id, token_loss
-from paceline.objectives.next_token import causal_batch
+from paceline.objectives.base import Batch, ObjectiveContext, padding_id, token_loss
+from paceline.objectives.causal import CausalOptions, causal_batch, mixed_batch
 
 
-class RightToLeft(ObjectiveOptions):
+class RightToLeft(CausalOptions):
     """Predict each token from those after it: next-token prediction on reversed rows.
 
     A stored document ``x1 ... xn END`` is read as ``END xn ... x1``. So the end-of-text token comes first, as the mark
@@ -22,35 +20,37 @@ class RightToLeft(ObjectiveOptions):
     midst, without the mark.
     """
 
-    head: ClassVar[Head] = "causal"
-    overlap: ClassVar[int] = 1
-
-    def row_tokens(self, context: ObjectiveContext) -> int:
-        """One more than a sequence: the first token is only a target."""
-        return context.sequence_tokens + 1
-
     def build(self, context: ObjectiveContext) -> "RightToLeftObjective":
-        """Make the runtime."""
-        return RightToLeftObjective(context)
+        """Make the runtime; ``PlanError`` where documents are isolated and mixed."""
+        return RightToLeftObjective(self, context)
 
 
 class RightToLeftObjective:
     """Runtime of ``RightToLeft``."""
 
-    def __init__(self, context: ObjectiveContext) -> None:
+    def __init__(self, options: RightToLeft, context: ObjectiveContext) -> None:
+        options.check(context)
+        self._options = options
         self._end = context.special.end
         self._fill = padding_id(context.special)
         self._isolate = context.isolate_documents
 
     def batch(self, rows: Sequence[Row], *, seed: int, step: int) -> Batch:
-        """Reverse the rows, then shift as in next-token prediction; nothing is random."""
-        return causal_batch([reverse(row) for row in rows], fill=self._fill, isolate=self._isolate, end=self._end)
+        """Reverse the rows, then shift as in next-token prediction; only the shares of mixup are random."""
+        rows = [reverse(row) for row in rows]
+        batch = causal_batch(rows, fill=self._fill, isolate=self._isolate, end=self._end)
+        return mixed_batch(batch, rows, self._options, seed=seed, step=step)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The summed cross-entropy of all targets: scalar fp32."""
-        return token_loss(model, batch)
+        return token_loss(model, batch, self._options.softening)
 
 
 def reverse(row: Row) -> Row:
     """The row read backwards, documents too: a document begins where it ended, on its last token."""
-    return replace(row, tokens=row.tokens[::-1], starts=len(row.tokens) - row.starts[row.starts > 0][::-1])
+    return replace(
+        row,
+        tokens=row.tokens[::-1],
+        starts=len(row.tokens) - row.starts[row.starts > 0][::-1],
+        partner=None if row.partner is None else row.partner[::-1],
+    )

@@ -21,8 +21,8 @@ from paceline.objectives.base import (
     padding_id,
     token_loss,
 )
-from paceline.objectives.cross_entropy import NO_TARGET
 from paceline.objectives.random import row_generator
+from paceline.objectives.softening import NO_TARGET
 from paceline.objectives.spans import SpanSizes, corrupt, span_sizes, window_tokens
 
 
@@ -117,7 +117,7 @@ class Seq2SeqObjective:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The summed cross-entropy of the target texts: scalar fp32."""
-        return token_loss(model, batch)
+        return token_loss(model, batch, self._options.softening)
 
     def _prepare_spans(self, context: ObjectiveContext) -> None:
         needed, sentinels = len(self._options.special_tokens(context.sequence_tokens)), context.special.sentinels

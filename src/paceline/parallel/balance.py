@@ -25,7 +25,7 @@ from paceline.comm.mesh import Axis, Mesh
 from paceline.data.rows import Row
 from paceline.errors import ModelError, PlanError
 from paceline.objectives.base import Batch, Objective
-from paceline.objectives.cross_entropy import NO_TARGET
+from paceline.objectives.softening import NO_TARGET
 from paceline.parallel.collectives import all_reduce
 from paceline.parallel.held import Held
 

@@ -26,7 +26,7 @@ from paceline.comm.mesh import Mesh
 from paceline.errors import PlanError
 from paceline.models.attention import REFUSED
 from paceline.objectives.base import Batch
-from paceline.objectives.cross_entropy import NO_TARGET
+from paceline.objectives.softening import NO_TARGET
 from paceline.parallel.context_rules import own_attention, refuse, require_divisible
 from paceline.parallel.documents import Positions, find_documents, positions_of
 from paceline.parallel.dropout import Dropout
@@ -143,7 +143,8 @@ class ContextCut:
         inputs[DOCUMENTS] = labels.new_empty(rows, 0) if documents is None else documents
         inputs[MASK_GIVEN] = isinstance(mask, Tensor) and mask.ndim == 4
         count = int((labels != NO_TARGET).sum())
-        return replace(batch, inputs=inputs, labels=labels, count=count, columns=columns_P)
+        mixed = None if batch.mixed is None else batch.mixed.at(places_P)
+        return replace(batch, inputs=inputs, labels=labels, count=count, mixed=mixed, columns=columns_P)
 
     def attach(self, model: nn.Module) -> None:
         """Register this attention with transformers, under a name of its own, and make ``model`` use it."""

@@ -150,7 +150,7 @@ class _Watched(Caught):
 @torch.no_grad()
 def _run(model: nn.Module, aliases: Mapping[str, str], inputs: Mapping[str, Tensor | bool]) -> _Trial:
     trial = _Trial()
-    with _as_it_was(model):
+    with as_it_was(model):
         enter(model, aliases, lambda: trial.numbering)
         model.train()
         before = _streams()
@@ -162,7 +162,7 @@ def _run(model: nn.Module, aliases: Mapping[str, str], inputs: Mapping[str, Tens
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """After it, modules have their forwards, modes and buffers back, and streams of random numbers their states."""
     modes = [(module, module.training, vars(module).get("forward")) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -185,6 +185,11 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 def _streams() -> tuple[Any, ...]:
     """The states of all streams of random numbers that a model may draw from, as values that can be compared."""
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())
+
+
+def short_inputs(sample: Batch, rows: Sequence[int]) -> dict[str, Tensor | bool]:
+    """These rows of ``sample``, with as few positions as a trial needs."""
+    return _inputs(sample, rows, _tokens(sample))
 
 
 def _tokens(sample: Batch) -> dict[str, int]:

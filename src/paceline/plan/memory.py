@@ -19,7 +19,7 @@ class RankMemory:
     gradients: int
     optimizer: int
     copies: int
-    """Averages of the weights, and what their changes are measured against."""
+    """Averages of the weights, and what their changes are measured against or penalised for."""
     sync: int
     activations_estimate: int
     logits_estimate: int

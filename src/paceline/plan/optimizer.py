@@ -4,6 +4,7 @@ from typing import Any
 
 from paceline.config import Config, strategy_name
 from paceline.errors import PlanError
+from paceline.plan.adjustments import asked_adjustments
 from paceline.plan.precision import PRECISIONS
 
 CUTS = ("shard", "tensor", "pipeline", "context")
@@ -40,10 +41,11 @@ def check_optimizer(config: Config) -> None:
                 f"layout.{axis}={size}: {name} looks at the loss of the whole model again and again, which a part of "
                 "it does not have. Use replicas, or another optimizer"
             )
-    if config.train.clip_norm is not None:
+    for section, key, value in asked_adjustments(config):
+        off = "null" if key.startswith("clip") or key == "max_norm" else "0"
         raise PlanError(
-            f"train.clip_norm={config.train.clip_norm}: {name} compares gradients with each other and with the loss, "
-            "and a clipped one is another. Use train.clip_norm=null"
+            f"{section}.{key}={value}: {name} compares gradients with each other and with the loss, and one that is "
+            f"adjusted is another. Use {section}.{key}={off}"
         )
     if precision is not None and precision.compute_bytes == 2:
         raise PlanError(f"precision={config.precision}: {needs_fp32(name)}")

@@ -2,6 +2,7 @@
 
 from paceline.config import BatchConfig, Config
 from paceline.errors import PlanError
+from paceline.plan.adjustments import check_adjustments
 from paceline.plan.batch import Batches, BatchPlan, plan_batch, sequences_of
 from paceline.plan.layout import Grid, check_offload
 from paceline.plan.optimizer import check_optimizer
@@ -27,6 +28,7 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
         )
     check_offload(layout, config.replicas)
     check_optimizer(config)
+    check_adjustments(config)
     if layout.tensor_patterns and layout.tensor == 1:
         raise PlanError("layout.tensor_patterns says how tensor ranks cut matrices. Set layout.tensor, or leave it out")
     if layout.sequence and layout.tensor == 1:

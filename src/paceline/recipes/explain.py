@@ -181,7 +181,8 @@ def explain(config: Config) -> Plan:
             optimizer_bytes=optimizer.state_bytes(shapes),
             sync_bytes=sync.state_bytes(shapes, value_bytes) // grid.ranks if config.replicas > 1 else 0,
             logit_rows=logit_rows,
-            copy_bytes=4 * average.keeps + precision.stored_bytes * (schedule.measures == "change"),
+            copy_bytes=4 * average.keeps
+            + precision.stored_bytes * ((schedule.measures == "change") + (config.regularisation.momentum > 0)),
         ),
         wire_bytes=sync.wire_bytes(shapes, config.replicas, value_bytes) / grid.ranks,
         logit_rows=logit_rows,

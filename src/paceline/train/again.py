@@ -110,7 +110,5 @@ class _Taking:
 
     def finish(self, vote: Vote) -> Finish:
         """See ``Replica``."""
-        scale = self._replica.loss_scale.value
-        norm = float(self._replica.gradient_norm()) / scale
-        self._replica.lend_gradients(1.0 / scale)
+        norm = self._replica.lend_unscaled()
         return Finish(stepped=vote(math.isfinite(norm)), gradient_norm=norm)

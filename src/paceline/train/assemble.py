@@ -27,7 +27,9 @@ from paceline.models.describe import describe
 from paceline.models.source import ModelSource
 from paceline.objectives.base import Objective, ObjectiveContext, ObjectiveOptions
 from paceline.objectives.isolation import check_isolation
+from paceline.objectives.mixup_check import check_mixup
 from paceline.optim.base import OptimizerConfig
+from paceline.parallel.batch_statistics import check_batch_statistics
 from paceline.parallel.blocks import blocks
 from paceline.parallel.expert import find_experts
 from paceline.plan.batch import Batches, BatchPlan
@@ -35,6 +37,7 @@ from paceline.plan.model import ModelSizes
 from paceline.plan.precision import Precision, resolve_precision
 from paceline.plan.run import plan_batches, plan_run
 from paceline.sync.base import Sync
+from paceline.train.adjustments import adjustments
 from paceline.train.average import Average, check_statistics
 from paceline.train.build import Built, Goal, build
 from paceline.train.perturb import Perturb
@@ -184,13 +187,16 @@ def put_together(
     perturb = Perturb(config.perturb, model, seed=config.seed, steps=config.train.steps)
     first = [material.train[0].row(i % len(material.train[0]), i) for i in range(2)]
     sample = material.objective.batch(first, seed=config.seed, step=0)
+    check_batch_statistics(model, sample, config, batch)
+    if options.mixes_rows:
+        check_mixup(model, sample)
     built = build(
         model,
         Goal(objective=material.objective, options=options, context=context, sample=sample),
         layout=config.layout,
         mesh=world.mesh,
         optimizer=config.optimizer,  # type: ignore[arg-type]
-        clip_norm=config.train.clip_norm,
+        adjust=partial(adjustments, config),
         precision=precision,
         reduction=REDUCTIONS[config.reduction],
         loss_scale=config.loss_scale,
@@ -209,7 +215,13 @@ def put_together(
         precision=precision,
         objective=material.objective,
         batches=batches,
-        loader=Loader(material.train, material.order, batches, rank=world.data_rank),
+        loader=Loader(
+            material.train,
+            material.order,
+            batches,
+            rank=world.data_rank,
+            partner_seed=config.seed if options.mixes_rows else None,
+        ),
         optimizer_config=config.optimizer,  # type: ignore[arg-type]
         rate=Rate(config, batches, replica=built.replica, names=built.learned),
         average=Average(average, built.replica),

@@ -1,6 +1,6 @@
 """From a whole model to one rank's part of it, ready to learn: the passes of a layout, one after the other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -15,6 +15,7 @@ from paceline.objectives.base import Batch, Objective, ObjectiveContext, Objecti
 from paceline.objectives.fused_cross_entropy import fuse_loss
 from paceline.optim.base import OptimizerConfig, check_groups
 from paceline.parallel.balance import balanced, check_routers
+from paceline.parallel.blocks import blocks
 from paceline.parallel.compiled import SELECTIVE, compile_blocks
 from paceline.parallel.context import cut_context
 from paceline.parallel.context_check import check_context
@@ -34,6 +35,7 @@ from paceline.schedule.base import Schedule
 from paceline.schedule.pipeline import Pipelined
 from paceline.train.loss_scale import LossScale
 from paceline.train.replica import ModuleReplica, States
+from paceline.train.update import Adjustment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,8 @@ def build(
     layout: LayoutConfig,
     mesh: Mesh,
     optimizer: OptimizerConfig,
-    clip_norm: float | None,
     precision: Precision,
+    adjust: Callable[[Sequence[str]], Sequence[Adjustment]] = lambda _: (),
     reduction: torch.dtype | None = None,
     loss_scale: LossScaleConfig | None = None,
     device: torch.device,
@@ -81,14 +83,15 @@ def build(
 ) -> Built:
     """Cut ``model``, which is whole, on the CPU and holds its values, as a layout says.
 
-    ``reduction``: what gradients are summed in, None for fp32 or more. ``loss_scale``: of a precision that has one.
+    ``adjust`` makes what adjusts updates from the names of the whole model's blocks. ``reduction``: what gradients are
+    summed in, None for fp32 or more. ``loss_scale``: of a precision that has one.
     All ranks of a replica call this together. Raises ``PlanError`` for what this model or these passes cannot do.
     """
     places = find_places(model, goal.sample)
     dropout = _dropout(places, layout, mesh, seed=seed, compiled=compiled)
     check_groups(optimizer, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
     _check_precision(optimizer, model, precision)
-    whole = _state_names(model)
+    whole, numbered = _state_names(model), tuple(blocks(model))
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     held: dict[str, Held] = {}
     stages = context = None
@@ -140,7 +143,7 @@ def build(
         replica=ModuleReplica(
             states,
             optimizer,
-            clip_norm,
+            adjust(numbered),
             mesh=mesh,
             held=held,
             elsewhere=whole - _state_names(model),

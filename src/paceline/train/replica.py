@@ -1,6 +1,7 @@
 """One rank's view of its replica: parameters that learn, their gradients, and how a step is finished."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from paceline.parallel.held import Held
 from paceline.parallel.precision import OnGradient
 from paceline.train.loss_scale import LossScale
 from paceline.train.rounded import Rounded
+from paceline.train.update import Adjustment, Update
 
 
 class States(Protocol):
@@ -48,7 +50,7 @@ class ModuleReplica:
         self,
         states: States,
         optimizer: OptimizerConfig,
-        clip_norm: float | None,
+        adjustments: Sequence[Adjustment] = (),
         *,
         mesh: Mesh,
         held: Mapping[str, Held] | None = None,
@@ -80,7 +82,10 @@ class ModuleReplica:
         self._reports = reports and mesh.tensor.index == 0
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._states = states
-        self._clip_norm = clip_norm
+        self._adjustments = adjustments
+        self._update = Update(self.shards, mesh, self.held, self._device)
+        for adjustment in adjustments:
+            adjustment.start(self._update)
         self._by_name = {shard.name: shard for shard in self.shards}
         self._summed = _by_axis(self.shards, self.held)
         self._late = {shard.name for _, shards in self._summed for shard in shards}
@@ -138,28 +143,37 @@ class ModuleReplica:
 
     @torch.no_grad()
     def finish(self, vote: Vote) -> Finish:
-        """Unscale, norm, clip, step if the vote says so, clear the gradients."""
-        norm = self.gradient_norm() / self.loss_scale.value
-        stepped = vote(not self._vetoed and torch.isfinite(norm).item() is True)
+        """Unscale, measure, adjust and step if the vote says so, clear the gradients."""
+        update, scale = self._update, self.loss_scale.value
+        groups = self.optimizer.param_groups
+        update.begin({name: group["lr"] for group in groups for name in group.get("names", ())})
+        norm = update.norm() / scale
+        stepped = vote(not self._vetoed and math.isfinite(norm))
         if stepped:
-            factor = 1.0 / self.loss_scale.value
-            if self._clip_norm is not None and norm > self._clip_norm:
-                factor *= self._clip_norm / float(norm)
-            self.lend_gradients(factor)
+            update.scale(1.0 / scale)
+            for adjustment in self._adjustments:
+                adjustment.before(update)
+            self.lend_gradients()
             if isinstance(self.optimizer, Searching):
                 assert self.passes is not None
                 self.optimizer.search(self.passes)
             else:
                 self.optimizer.step()
+            for adjustment in self._adjustments:
+                adjustment.after(update)
             self._states.refresh()
         self.clear_gradients()
         overflowed = self.loss_scale.after(stepped)
-        return Finish(stepped=stepped, gradient_norm=float(norm), overflowed=overflowed)
+        return Finish(stepped=stepped, gradient_norm=norm, overflowed=overflowed)
 
     def clear_gradients(self) -> None:
         """Forget all gradients, also those the optimizer was lent."""
         for shard in self.shards:
             shard.parameter.grad = self.local[shard.name].grad = None
+
+    def adjusted(self) -> dict[str, Tensor]:
+        """What adjustments keep between steps, by the names of parameters."""
+        return {name: kept for adjustment in self._adjustments for name, kept in adjustment.state().items()}
 
     def refresh(self) -> None:
         """Bring the computing copy up to date after the parameters were set from outside."""
@@ -195,11 +209,16 @@ class ModuleReplica:
                 self._by_name[name].local.copy_(value)
             self._states.refresh()
 
-    def lend_gradients(self, factor: float) -> None:
-        """Show the optimizer this rank's values, and gradients times ``factor``."""
-        if factor != 1.0:
-            gradients = [gradient for shard in self.shards if (gradient := shard.gradient) is not None]
-            torch._foreach_mul_(gradients, factor)
+    def lend_unscaled(self) -> float:
+        """Unscale the gradients and show them to the optimizer as they are; their norm, as ``Update`` measures it."""
+        self._update.changed()
+        norm, scale = self._update.norm(), self.loss_scale.value
+        self._update.scale(1.0 / scale)
+        self.lend_gradients()
+        return norm / scale
+
+    def lend_gradients(self) -> None:
+        """Show the optimizer this rank's values and gradients."""
         self._follow()
         for shard in self.shards:
             self.local[shard.name].grad = shard.gradient
@@ -211,23 +230,9 @@ class ModuleReplica:
             if own is not shard.parameter:
                 own.data = shard.local
 
-    def gradient_norm(self) -> Tensor:
-        """L2 norm over the replica, each value counted by the one rank that owns it: fp64 scalar on the CPU.
-
-        NaN if a gradient is not finite on any rank, also where it is a copy that is not counted.
-        """
-        squares = torch.zeros((), dtype=torch.float64, device=self._device)
-        if found := {shard.name: gradient for shard in self.shards if (gradient := shard.gradient) is not None}:
-            wide = torch.promote_types(next(iter(found.values())).dtype, torch.float32)
-            norms = torch.stack(torch._foreach_norm(list(found.values()), 2, wide)).double().to(self._device)
-            owned = torch.tensor([self.owns(name) for name in found], dtype=torch.float64, device=self._device)
-            squares = (norms.square() * owned).sum()  # what is not finite is NaN, also times 0
-        return self.mesh.world.all_reduce(squares, where="gradient norm").sqrt().cpu()
-
     def owns(self, name: str) -> bool:
         """Whether this rank counts what it holds of a parameter: of ranks with equal values exactly one does."""
-        held = self.held.get(name)
-        return self.mesh.tensor.index == 0 if held is None else held.is_owner
+        return self._update.counts(name)
 
     def sum_of(self, values: Tensor) -> Tensor:
         """Sum over all ranks of the replica: fp64, on the CPU."""

@@ -37,6 +37,8 @@ def tensors(
                 state[f"optimizer/{name}/{key}"] = _of_optimizer(value, name, key, replica)
     for name, mean in average.items():
         state[f"average/{name}"] = placed(mean, name, replica)
+    for name, kept_local in replica.adjusted().items():
+        state[f"adjustment/{name}"] = placed(kept_local, name, replica)
     for name, own in sync.state().items():
         kind, rule = Kind(own.kind), Rule(own.rule) if own.rule else None
         where = place if kind in {Kind.PER_REPLICA, Kind.OPAQUE} else None

@@ -57,8 +57,10 @@ class Loop:
         self._resume()
         self._check_same_run()
         if parts.checkpointer:
-            # Weights, averages of them and optimizer: the newest checkpoint stays while the next is written beside it.
-            copies = 1 + bool(parts.average.tensors) + isinstance(parts.built.replica.optimizer, Averaging)
+            # Weights, copies of them and optimizer: the newest checkpoint stays while the next is written beside it.
+            replica = parts.built.replica
+            kept = (parts.average.tensors, isinstance(replica.optimizer, Averaging), replica.adjusted())
+            copies = 1 + sum(map(bool, kept))
             needed = 4 * copies * parts.sizes.trainable + parts.optimizer_config.state_bytes(parts.shapes)
             check_space(self._checkpoints, 2 * needed)
 
@@ -402,6 +404,7 @@ class Loop:
             "objective": strategy_name(config.objective),
             "optimizer": strategy_name(config.optimizer),
             "dtype of what learns": self.parts.precision.stored,
+            "a penalty on momentum": config.regularisation.momentum > 0 or None,
         }
 
 

@@ -17,6 +17,7 @@ from paceline.config import (
     EvaluateConfig,
     LayoutConfig,
     Options,
+    RegularisationConfig,
     TrainConfig,
 )
 from paceline.errors import ConfigError, PlanError
@@ -90,6 +91,9 @@ SEQUENCE_TOKENS = 23
 RATE = 0.2
 MOMENTUM = 0.5
 CLIP_NORM = 1.0
+CLIP_BLOCK_NORM = 0.2
+"""Some blocks of a small model are above it, and some below."""
+CLIP_VALUE = 0.02
 BUCKET_MIB = 0.01
 
 _COUNT: TypeAdapter[int] = TypeAdapter(Count)
@@ -126,9 +130,10 @@ class Case:
 
         All is such that a mistake shows: SGD hides no wrong scale, and its momentum goes through the checkpoints, as
         does an average of the weights, which is what is evaluated; the rate changes from step to step; clipping is
-        active; gradients travel in several buckets. Without a word of its own a case takes two micro-batches a step,
-        and one after it was resumed. An ``optimizer`` that is on trial in place of SGD has the rate that it was given,
-        and no clipping: it is to see the same gradients, bit for bit.
+        active, also by value and by block where the config asks for that; gradients travel in several buckets. Without
+        a word of its own a case takes two micro-batches a step, and one after it was resumed. An ``optimizer`` that is
+        on trial in place of SGD has the rate that it was given, and neither clipping nor penalties: it is to see the
+        same gradients, bit for bit.
         """
         given: Any = optimizer
         patterns = base.layout.tensor_patterns if self.layout.tensor > 1 else None
@@ -145,11 +150,14 @@ class Case:
                 "perturb": None,
                 "spikes": None,
                 "early_stop": None,
+                "regularisation": RegularisationConfig() if optimizer else base.regularisation,
                 "sync": AllReduce(bucket_mib=BUCKET_MIB) if isinstance(base.sync, AllReduce) else base.sync,
                 "train": TrainConfig(
                     steps=steps,
                     output=str(output),
                     clip_norm=None if optimizer else CLIP_NORM,
+                    clip_block_norm=CLIP_BLOCK_NORM if base.train.clip_block_norm and not optimizer else None,
+                    clip_value=CLIP_VALUE if base.train.clip_value and not optimizer else None,
                     compile=self.compiled,
                 ),
                 "checkpoint": CheckpointConfig(every=steps // 2),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paceline.objectives.base import Batch, Objective
-from paceline.objectives.cross_entropy import NO_TARGET
+from paceline.objectives.softening import NO_TARGET
 
 NEAR_TIE = 1e-6
 """In units of what the router chooses by; fp32 rounds these to about a tenth of it."""
