@@ -100,7 +100,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         rest = grad_total / ctx.scale  # 1 where it is what was expected
         grads = (None if grad is None else grad * rest for grad in ctx.saved_tensors)
-        return (*grads, None, None, None, None, None)
+        return (*grads, *[None] * 6)
 
 
 class _Gradients:
