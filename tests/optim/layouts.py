@@ -82,7 +82,7 @@ class Trained:
                 replica.passes = problem.Bowl(replica.local, step)
             if isinstance(replica.optimizer, Estimating) and replica.optimizer.estimates_at(step + 1):
                 self._give(problem.gradients(500 + step))
-                replica.lend_gradients(1.0)
+                replica.lend_gradients()
                 replica.optimizer.estimate(problem.TARGETS)
                 replica.clear_gradients()
             if not isinstance(replica.optimizer, Searching):
