@@ -126,7 +126,7 @@ def test_schema_is_json_and_closed():
     assert document["additionalProperties"] is False
     assert set(document["required"]) == {"data", "train"}
     keys = "model data objective optimizer schedule precision reduction loss_scale batch layout replicas sync train"
-    keys += " average perturb regularisation"
+    keys += " average perturb spikes early_stop regularisation"
     assert list(document["properties"]) == [*keys.split(), "checkpoint", "evaluate", "track", "seed"]
 
 

@@ -302,9 +302,9 @@ class Loop:
         parts.rate.restore(values.get("rate"))
         self._spikes.restore(values.get("spikes"))
         self._early_stop.restore(values.get("early_stop"))
-        self.step, self.sequences_seen, self.tokens_seen = (
-            values[key] for key in ("step", "sequences_seen", "tokens_seen")
-        )
+        self.step = values["step"]
+        self.sequences_seen = values["sequences_seen"]
+        self.tokens_seen = values["tokens_seen"]
 
     def _go_on_from_here(self) -> None:
         """Leave the checkpoints that come after this step."""
