@@ -40,6 +40,7 @@ from paceline.plan.layout import check_offload
 from paceline.plan.precision import PRECISIONS
 from paceline.plan.stages import check_schedule
 from paceline.registry import SYNCS
+from paceline.sync.base import SyncContext
 from paceline.train.build import Built, Goal, build
 from paceline.train.clip import ClipNorm
 from paceline.train.step import train_step
@@ -140,7 +141,7 @@ def train(member: Member, case: Case, model: dict[str, Any], steps: int, warmup:
         except PlanError as error:
             return {"refused": str(error)}
         sync: Any = choose(SYNCS, "all_reduce")
-        scales = Scales(sync.build(world.link), built)
+        scales = Scales(sync.build(SyncContext(link=world.link, steps=warmup + steps)), built)
         scales.sync.start(built.replica)
         for step in range(warmup + steps):
             if step == warmup:
@@ -165,7 +166,7 @@ class Scales:
 
     def __init__(self, sync: Any, built: Built) -> None:
         self.sync, self._replica = sync, built.replica
-        self.begin, self.total = sync.begin, sync.total
+        self.begin, self.total, self.reduce = sync.begin, sync.total, sync.reduce
         self.state_bytes = 0
 
     def update(self, replica: Any) -> Finish:

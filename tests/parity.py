@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.registry import SYNCS
 from paceline.schedule.accumulate import Accumulate
+from paceline.sync.base import SyncContext
 from paceline.train.clip import ClipNorm
 from paceline.train.replica import ModuleReplica
 from paceline.train.step import train_step
@@ -85,6 +87,8 @@ def train(
     micro: int = 4,
     clip_norm: float | None = None,
     sync: dict[str, object] | None = None,
+    lr: float = 0.3,
+    momentum: float = 0.0,
     freeze: str | None = None,
     dtype: torch.dtype = torch.float64,
     optimizer: OptimizerConfig | None = None,
@@ -93,13 +97,16 @@ def train(
     """Train a tiny llama, by default with plain SGD; returns losses, norms and the weights after the last step."""
     index, size, store = (member.index, member.size, member.store) if member else (0, 1, None)
     between = link.connect(store, index=index, size=size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True)
-    model = tiny_llama()
+    model = tiny_llama().to(dtype)
     if freeze:
         model.get_parameter(freeze).requires_grad_(False)
     adjustments = [ClipNorm(clip_norm)] if clip_norm else []
-    replica = ModuleReplica(Masters(model, dtype), optimizer or SGD(lr=0.3), adjustments, mesh=Mesh.alone())
-    strategy = choose(SYNCS, sync or {"name": "all_reduce", "bucket_mib": 0.002}).build(between)  # type: ignore[attr-defined]
+    optimizer = optimizer or SGD(lr=lr, momentum=momentum)
+    replica = ModuleReplica(Masters(model, dtype), optimizer, adjustments, mesh=Mesh.alone())
+    options: Any = choose(SYNCS, sync or {"name": "all_reduce", "bucket_mib": 0.002})
+    strategy = options.build(SyncContext(link=between, steps=steps))
     strategy.start(replica)
+    started_bytes = between.sent_bytes
     goal = objective()
     schedule = Accumulate(model, goal, seed=0, device=CPU)
     losses, norms = [], []
@@ -112,7 +119,7 @@ def train(
         losses.append(result.loss)
         norms.append(result.gradient_norm)
     weights = {shard.name: shard.local.clone() for shard in replica.shards}
-    return {"losses": losses, "norms": norms, "weights": weights, "sent_bytes": between.sent_bytes}
+    return {"losses": losses, "norms": norms, "weights": weights, "sent_bytes": between.sent_bytes - started_bytes}
 
 
 def on_pool(member: Member, options: dict[str, object]) -> dict[str, object]:

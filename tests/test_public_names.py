@@ -21,7 +21,7 @@ PUBLIC = {
         "NonFiniteElsewhere",
         "MissingExtraError",
     },
-    "paceline.registry": {"Table", "unknown", "AVERAGES", "OBJECTIVES", "OPTIMIZERS", "SCHEDULES", "SYNCS"},
+    "paceline.registry": {"Table", "unknown", "AVERAGES", "OBJECTIVES", "OPTIMIZERS", "SCHEDULES", "SYNCS", "REDUCERS"},
 }
 
 

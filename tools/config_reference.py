@@ -8,12 +8,15 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
-from paceline.config import STRATEGIES, Config, Options
+import yaml
+
+from paceline.config import STRATEGIES, Config, Options, strategy_name
+from paceline.registry import REDUCERS, Table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "config.md"
 HEAD = """\
@@ -63,11 +66,19 @@ def section(owner: type[Options], name: str) -> type[Options] | None:
 def strategy_section(name: str) -> str:
     """One heading for the key, one for each strategy its table knows."""
     known, default = STRATEGIES[name]
-    lines = [f"## `{name}`\n\nA name, or `{{name: ..., options}}`. Default: `{default}`.\n"]
+    levels = " Or a list of these, the levels of a hierarchy, innermost first." if name == "sync" else ""
+    lines = [f"## `{name}`\n\nA name, or `{{name: ..., options}}`. Default: `{default}`.{levels}\n"]
+    lines += choices(name, known)
+    if name == "sync":
+        lines += choices(REDUCERS.kind, REDUCERS)
+    return "\n".join(lines)
+
+
+def choices(name: str, known: Table) -> Iterator[str]:
+    """A heading for each strategy of a table."""
     for choice in known:
         cls = known.load(choice)
-        lines.append(f"### `{name}: {choice}`\n\n{summary(cls)}\n\n{table(cls, cls.model_fields)}")
-    return "\n".join(lines)
+        yield f"### `{name}: {choice}`\n\n{summary(cls)}\n\n{table(cls, cls.model_fields)}"
 
 
 def summary(cls: type[Options]) -> str:
@@ -111,6 +122,10 @@ def kind(schema: dict[str, Any], whole: dict[str, Any]) -> str:
 
 def code(value: Any) -> str:
     """A default as it is written in YAML."""
+    if isinstance(value, Options):
+        if any(type(value) is REDUCERS.load(name) for name in REDUCERS):
+            return f"`{strategy_name(value)}`"
+        return f"`{yaml.safe_dump(value.model_dump(), default_flow_style=True).strip()}`"
     if isinstance(value, tuple):
         return f"`[{', '.join(str(item) for item in value)}]`"
     if value is None or isinstance(value, bool):

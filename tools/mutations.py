@@ -221,7 +221,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a tensor larger than a bucket is never sent",
-        "sync/all_reduce.py",
+        "sync/buckets.py",
         "        buckets[-1].append(index)\n",
         "        if numels[index] <= most:\n            buckets[-1].append(index)\n",
         "replicas=2",
@@ -243,8 +243,8 @@ MUTATIONS = (
     Mutation(
         "shard ranks learn from the same rows",
         "comm/world.py",
-        "return self.coordinates.replica * self.mesh.shard.size + self.mesh.shard.index",
-        "return self.coordinates.replica * self.mesh.shard.size",
+        "return data_rank(self.coordinates.replica, self.group_sizes, self.mesh.shard.index)",
+        "return data_rank(self.coordinates.replica, self.group_sizes, 0)",
         "shard=2",
     ),
     Mutation(

@@ -7,11 +7,22 @@ of a config are collected and raised once, each with its path and its value.
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import core_schema
 
 from paceline import registry
 from paceline.errors import ConfigError
@@ -315,9 +326,10 @@ class Config(Options):
     loss_scale: LossScaleConfig = LossScaleConfig()
     batch: BatchConfig = BatchConfig()
     layout: LayoutConfig = LayoutConfig()
-    replicas: Count = 1
-    """Copies of the model that share each batch."""
-    sync: SerializeAsAny[Options]
+    replicas: Count | tuple[Count, ...] = 1
+    """Copies of the model that share each batch; of a hierarchy a list, innermost first: ``[4, 2]`` are two groups of
+    four."""
+    sync: SerializeAsAny[Options] | tuple[SerializeAsAny[Options], ...]
     train: TrainConfig
     average: SerializeAsAny[Options]
     perturb: PerturbConfig | None = None
@@ -330,6 +342,41 @@ class Config(Options):
     seed: Natural = 0
     """Of the initial weights, the data order, and everything else that is drawn."""
 
+    @model_validator(mode="after")
+    def _same_levels(self) -> Self:
+        levels = len(self.replicas) if isinstance(self.replicas, tuple) else 1
+        if levels != len(self.syncs):
+            raise ValueError(
+                f"replicas has {levels} level(s) and sync {len(self.syncs)}; expected as many: sync: [all_reduce, "
+                "diloco] goes with replicas: [4, 2]"
+            )
+        return self
+
+    @property
+    def syncs(self) -> tuple[Options, ...]:
+        """How replicas agree at each level, innermost first."""
+        return self.sync if isinstance(self.sync, tuple) else (self.sync,)
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """How many replicas, or groups of the level below, agree at each level."""
+        return self.replicas if isinstance(self.replicas, tuple) else (self.replicas,)
+
+    @property
+    def keeps_equal(self) -> bool:
+        """Whether all replicas hold the same training state after every step."""
+        return all(sync.keeps_equal for sync in self.syncs)  # type: ignore[attr-defined]
+
+    @property
+    def learning_alone(self) -> str:
+        """The sync that lets replicas differ, as the config spells it; there is one."""
+        return next(f"sync={strategy_name(sync)}" for sync in self.syncs if not sync.keeps_equal)  # type: ignore[attr-defined]
+
+    @property
+    def all_replicas(self) -> int:
+        """Replicas of all levels together."""
+        return math.prod(self.group_sizes)
+
     @classmethod
     def parse(cls, tree: Mapping[str, Any]) -> Self:
         """Validate a tree of plain values; raise one ``ConfigError`` that lists every problem."""
@@ -337,7 +384,9 @@ class Config(Options):
         values = dict(tree)
         for key, (table, default) in STRATEGIES.items():
             try:
-                values[key] = choose(table, values.get(key, default))
+                value = values.get(key, default)
+                levels = key == "sync" and isinstance(value, list | tuple) and len(value) > 0
+                values[key] = tuple(choose(table, level) for level in value) if levels else choose(table, value)
             except ConfigError as error:
                 problems += error.problems
                 values[key] = Options()  # stands in, so that the other sections are still checked
@@ -352,8 +401,9 @@ class Config(Options):
     def tree(self) -> dict[str, Any]:
         """The resolved config as plain values; ``parse(tree())`` gives an equal config."""
         values = self.model_dump(mode="json")
-        for key in STRATEGIES:
-            values[key] = {"name": strategy_name(getattr(self, key)), **values[key]}
+        for key in STRATEGIES.keys() - {"sync"}:
+            values[key] = _named(getattr(self, key))
+        values["sync"] = [_named(sync) for sync in self.sync] if isinstance(self.sync, tuple) else _named(self.sync)
         return values
 
 
@@ -386,13 +436,34 @@ def choose(table: registry.Table, value: Any) -> Options:
         raise ConfigError(_sentences(error, config_class, (table.kind,))) from None
 
 
+def _named(options: Options) -> dict[str, Any]:
+    """The form that ``choose`` reads."""
+    return {"name": strategy_name(options), **options.model_dump(mode="json")}
+
+
 def strategy_name(options: Options) -> str:
     """The name under which a strategy's config class stands in its table."""
-    for table, _ in STRATEGIES.values():
+    for table in (*(table for table, _ in STRATEGIES.values()), registry.REDUCERS):
         for name in table:
             if table.target(name) == f"{type(options).__module__}:{type(options).__name__}":
                 return name
     raise ConfigError(f"{type(options).__name__} stands in no strategy table")
+
+
+@dataclass(frozen=True)
+class ChosenFrom:
+    """Marks a field of a strategy, ``Annotated[Any, ChosenFrom(table)]``: it takes what ``choose`` takes."""
+
+    table: registry.Table
+
+    def __get_pydantic_core_schema__(self, _: Any, __: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            partial(choose, self.table), serialization=core_schema.plain_serializer_function_ser_schema(_named)
+        )
+
+    def __get_pydantic_json_schema__(self, _: Any, __: Any) -> dict[str, Any]:
+        names = {"enum": list(self.table)}
+        return {"anyOf": [names, {"type": "object", "properties": {"name": names}, "required": ["name"]}]}
 
 
 class _Loader(yaml.SafeLoader):
@@ -460,6 +531,8 @@ def schema() -> dict[str, Any]:
             form["properties"] = {"name": {"const": name}, **form.get("properties", {})}
             form["required"] = ["name", *form.get("required", [])]
             forms.append(form)
+        if key == "sync":
+            forms.append({"type": "array", "items": {"anyOf": list(forms)}, "minItems": 1})
         whole["properties"][key] = {"anyOf": forms, "default": default}
     whole["required"] = [key for key in whole["required"] if key not in STRATEGIES]
     whole["$schema"] = "https://json-schema.org/draft/2020-12/schema"

@@ -112,5 +112,16 @@ SYNCS = Table(
     "sync",
     {
         "all_reduce": "paceline.sync.all_reduce:AllReduce",
+        "local_sgd": "paceline.sync.local_sgd:LocalSGD",
+        "post_local_sgd": "paceline.sync.post_local_sgd:PostLocalSGD",
+        "slowmo": "paceline.sync.slowmo:SlowMo",
+        "diloco": "paceline.sync.diloco:DiLoCo",
+    },
+)
+
+REDUCERS = Table(
+    "sync.reducer",
+    {
+        "mean": "paceline.sync.reducers.mean:Mean",
     },
 )

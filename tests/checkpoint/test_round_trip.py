@@ -212,6 +212,34 @@ def test_per_replica_state_that_is_cut_inside_its_replica(save: Save) -> None:
     assert torch.equal(place["r"].tensor[0], full[1:5] + 5)
 
 
+def test_per_replica_state_that_some_replicas_do_not_have_yet(save: Save) -> None:
+    """Rules take those that have one; who asks for what it did not save is told so."""
+    first, missing, last = per_replica(Rule.MEAN, 3, torch.zeros(4))
+    saved = save([first, {}, last])
+    assert saved.entry("sync/r").holders == [0, 2]
+    for rule, expected in ((Rule.MEAN, [1, 1]), (Rule.CLONE, [0, 2])):
+        for place, value in zip(per_replica(rule, 2, torch.full((4,), -9.0)), expected, strict=True):
+            saved.restore(place, layout={"replicas": 2})
+            assert torch.equal(place["sync/r"].tensor[0], torch.full((4,), float(value)))
+    assert torch.equal(saved.common("sync/r"), torch.ones(4))
+    saved.restore(last, layout={"replicas": 3})
+    with pytest.raises(CheckpointError, match="replica 1 saved no sync/r in step"):
+        saved.restore(missing, layout={"replicas": 3})
+
+
+def test_a_replica_of_which_a_part_is_missing_is_not_saved(save: Save) -> None:
+    def half(replica: int, start: int) -> dict[str, TensorState]:
+        place, own = (replica, 2), torch.zeros(3, 2)
+        return {
+            "r": tensor_state(own, Kind.PER_REPLICA, rule=Rule.MEAN, place=place, full_shape=(6, 2), start=(start, 0))
+        }
+
+    with pytest.raises(CheckpointError, match="the ranks wrote 18 of its 24 elements"):
+        save([half(0, 0), half(0, 3), half(1, 3)])
+    with pytest.raises(CheckpointError, match="a part lies outside of its shape"):
+        save([half(0, 0), half(0, 3), half(2, 0), half(2, 3)])
+
+
 def test_opaque_state_loads_under_its_own_layout_only(save: Save) -> None:
     def shares(ranks: int, fill: int) -> list[Mapping[str, TensorState]]:
         return [
@@ -294,8 +322,8 @@ def test_a_part_of_the_state_by_prefix(save: Save) -> None:
         (tensor_state(torch.zeros(3, 2)), r"w was saved with shape \[2, 3\] and has \[3, 2\] here"),
         (tensor_state(torch.zeros(2, 3), Kind.REPLICATED), "w was saved as parameter and is replicated here"),
         (
-            tensor_state(torch.zeros(2, 3), Kind.PER_REPLICA, rule=Rule.MEAN, place=(0, 2)),
-            "w was saved as parameter and is per_replica here",
+            tensor_state(torch.zeros(2, 3), Kind.OPAQUE, place=(0, 2)),
+            "w was saved as parameter and is opaque here",
         ),
     ],
 )

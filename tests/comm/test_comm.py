@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from paceline.comm.device import Device, claim, cores, matmul_flops_per_s, units
-from paceline.comm.link import LocalLink, all_reduce_bytes
+from paceline.comm.link import LocalLink
 from paceline.comm.ranks import ALONE, Coordinates
 from paceline.comm.world import Rendezvous, join
 from paceline.errors import LinkError, PlanError
 from paceline.plan.layout import Grid
+from paceline.plan.wire import all_reduce_bytes
 
 
 def test_ranks_of_a_replica_are_neighbours():

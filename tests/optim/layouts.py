@@ -18,6 +18,7 @@ from paceline.parallel.precision import Masters
 from paceline.parallel.shard import ShardedStates
 from paceline.plan.layout import Grid
 from paceline.sync.all_reduce import AllReduce
+from paceline.sync.base import SyncContext
 from paceline.train import state
 from paceline.train.replica import ModuleReplica
 
@@ -71,7 +72,7 @@ class Trained:
             else ShardedStates(self.model, mesh, torch.float64, zero=3)
         )
         self.replica = ModuleReplica(states, options, mesh=mesh, held=held)
-        self.sync = AllReduce().build(LocalLink())
+        self.sync = AllReduce().build(SyncContext(link=LocalLink(), steps=1))
 
     def steps(self, begin, end, without=()):
         """From step ``begin``, 0-based, to before ``end``."""

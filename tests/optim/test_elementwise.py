@@ -8,6 +8,7 @@ from paceline.optim.adabelief import AdaBelief
 from paceline.optim.elementwise import in_cache
 from paceline.optim.lion import Lion
 from paceline.optim.sgd import SGD
+from paceline.parallel.full import FullTensors
 
 
 def test_every_value_is_taken_once_with_those_that_belong_to_it(monkeypatch):
@@ -53,6 +54,17 @@ def test_parameters_that_have_learned_for_fewer_steps_keep_their_own_count():
     alone[late].grad = gradients(3)[late]
     build(AdaBelief(), alone).step()
     assert held[late].equal(alone[late])
+
+
+def test_a_first_gradient_later_than_others_begins_a_momentum():
+    given = [torch.full((3,), g, dtype=torch.float64) for g in (1.0, 2.0, 4.0)]
+    early, late = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
+    parameters = {"early": early, "late": late}
+    optimizer = SGD(lr=1.0, momentum=0.5).build(parameters, FullTensors.alone(parameters))
+    for step, gradient in enumerate(given):
+        early.grad, late.grad = gradient.clone(), gradient.clone() if step else None
+        optimizer.step()
+    assert early.tolist() == [-(1.0 + 2.5 + 5.25)] * 3 and late.tolist() == [-(2.0 + 5.0)] * 3
 
 
 def test_nesterov_needs_momentum():

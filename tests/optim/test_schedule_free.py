@@ -14,6 +14,7 @@ from paceline.errors import ConfigError, PlanError
 from paceline.optim.schedule_free_adamw import ScheduleFreeAdamW
 from paceline.plan.run import plan_run
 from paceline.registry import OPTIMIZERS
+from paceline.train.replica import holding
 from tolerances import FP64_EQUAL
 
 OPTIONS = ScheduleFreeAdamW()
@@ -38,7 +39,7 @@ def averages():
 
 def test_the_model_is_evaluated_at_the_average_and_learns_on_where_it_was(trained):
     before = {n: p.detach().clone() for n, p in trained.replica.local.items()}
-    with trained.replica.evaluating():
+    with holding(trained.replica, trained.replica.averages()):
         for n, expected in averages().items():
             error = (trained.model.get_parameter(n) - expected).detach().norm() / expected.norm()
             assert error <= FP64_EQUAL, n

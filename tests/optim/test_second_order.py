@@ -16,6 +16,7 @@ from paceline.parallel.precision import Masters
 from paceline.plan.run import plan_run
 from paceline.schedule.accumulate import Accumulate
 from paceline.sync.all_reduce import AllReduce
+from paceline.sync.base import SyncContext
 from paceline.train.again import Again
 from paceline.train.replica import ModuleReplica
 from paceline.verify.double import in_double
@@ -29,7 +30,7 @@ def test_products_are_those_of_the_hessian():
     """Against torch's own, of the mean loss of the whole batch as one function; ours come from micro-batches."""
     model, goal = tiny_llama(), objective()
     replica = ModuleReplica(Masters(model, torch.float64), NewtonCG(), mesh=Mesh.alone())
-    sync = AllReduce().build(LocalLink())
+    sync = AllReduce().build(SyncContext(link=LocalLink(), steps=1))
     sync.start(replica)
     batches = [goal.batch(rows(0, 5)[i : i + 2], seed=0, step=1) for i in (0, 2, 4)]
     schedule = Accumulate(model, goal, seed=0, device=CPU)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from meshes import replica
-from paceline.parallel.boxes import block, part_of, whole
+from paceline.comm.boxes import block, whole
+from paceline.parallel.boxes import part_of
 from paceline.parallel.full import FullTensors
 from paceline.parallel.held import Cut, Held, cut_runs, take
 from paceline.parallel.shard import ShardedStates

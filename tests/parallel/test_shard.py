@@ -8,6 +8,7 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.shard import ShardedStates
 from paceline.plan.layout import Grid
 from paceline.registry import SYNCS
+from paceline.sync.base import SyncContext
 from paceline.train.clip import ClipNorm
 from paceline.train.replica import ModuleReplica
 from paceline.train.state import tensors
@@ -67,7 +68,8 @@ def frozen_after_a_forward_pass(member):
         held = ModuleReplica(states, SGD(lr=0.1), [ClipNorm(1.0)], mesh=mesh, device=torch.device("cpu"))
         with torch.no_grad():
             model(input_ids=torch.arange(12)[None], use_cache=False)
-        saved = tensors(model, held, SYNCS.load("all_reduce")().build(LocalLink()), (0, 1), average={})
+        sync = SYNCS.load("all_reduce")().build(SyncContext(link=LocalLink(), steps=1))
+        saved = tensors(model, held, sync, (0, 1), average={})
         return {slot: [block.of(state.tensor).clone() for block in state.blocks] for slot, state in saved.items()}
 
 

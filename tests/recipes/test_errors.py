@@ -64,6 +64,10 @@ OVERRIDES = {
         ["objective={name: next_token, mixup: 0.2}", "data.isolate_documents=true"],
         "data.isolate_documents=true does not go with objective.mixup",
     ),
+    "an optimizer of the loss, and replicas that learn alone": (
+        ["replicas=2", "optimizer={name: lbfgs}", "sync=diloco"],
+        "sync=diloco: optimizer=lbfgs compares losses of the same batch",
+    ),
     "more stages than blocks": (["layout.pipeline=4", "batch.micro=1"], "Use"),
     "dropout where blocks are compiled": (
         ["train.compile=true", "model.config.attention_dropout=0.1"],

@@ -11,6 +11,7 @@ import paceline
 from commands import metrics, tiny_config, write_texts
 from paceline.config import read_tree
 from paceline.errors import PlanError
+from paceline.train.replica import holding
 
 
 class Bigram(nn.Module):
@@ -71,7 +72,7 @@ def test_what_an_optimizer_averages_is_evaluated_and_given_away(config):
         measure = loop.parts.evaluator.measure
         table = trainer.model.table.weight
         raw, learned = measure(6, loop._total).loss, table.detach().float().clone()
-        with replica.evaluating():
+        with holding(replica, replica.averages()):
             averaged = measure(6, loop._total).loss
         assert trainer.evaluate().loss == averaged != raw
         assert torch.equal(table.detach().float(), learned), "and training goes on where it was"

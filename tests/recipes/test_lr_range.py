@@ -68,6 +68,7 @@ def test_it_ends_where_the_loss_runs_away(folder):
         (["optimizer={name: sgd}", "train.clip_norm=null", "--from", "1e30", "--to", "1e31"], "use a lower --from"),
         (["layout.tensor=3"], "PlanError"),
         (["optimizer=schedule_free_adamw", "schedule=constant"], "Try rates with optimizer=adamw"),
+        (["sync=local_sgd"], "PlanError: sync=local_sgd: replicas that learn alone have losses of their own"),
     ],
 )
 def test_what_cannot_be_tested_is_refused_in_one_line(folder, words, expected):

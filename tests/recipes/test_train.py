@@ -79,8 +79,9 @@ def test_the_export_is_the_model(folder):
     assert tokenizer.decode(tokenizer("The oak stands").input_ids) == "The oak stands"
 
 
-def test_killed_at_any_moment_and_resumed_the_losses_are_bit_for_bit_the_same(folder):
-    config = tiny_config(folder, replicas=2, checkpoint={"every": 3}, train={"steps": 14, "output": "whole"})
+@pytest.mark.parametrize("sync", ["all_reduce", {"name": "diloco", "every": 4}], ids=["all_reduce", "diloco"])
+def test_killed_at_any_moment_and_resumed_the_losses_are_bit_for_bit_the_same(folder, sync):
+    config = tiny_config(folder, replicas=2, sync=sync, checkpoint={"every": 3}, train={"steps": 14, "output": "whole"})
     assert paceline(folder, "train", str(config)).status == 0
     for kill_after in (2, 7, 11):
         command = Command(folder, "train", str(config), "train.output=broken")
@@ -121,6 +122,19 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_exits_cleanly(folder, numb
     last = metrics(folder / "run")[-1]["step"]
     assert f"stopped after step {last} of 100000" in ended.out
     assert [p.name for p in (folder / "run" / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert (folder / "run" / "export" / "config.json").exists()
+
+
+def test_replicas_that_learn_alone_stop_when_they_next_talk(folder):
+    sync = {"name": "local_sgd", "every": 7}
+    config = tiny_config(folder, replicas=2, sync=sync, train={"steps": 100000})
+    command = Command(folder, "train", str(config))
+    until_step(command, folder / "run", 4)
+    os.kill(processes(folder / "run")[2]["pid"], signal.SIGTERM)  # replica 1 alone
+    ended = command.end()
+    assert ended.status == 0, ended
+    last = metrics(folder / "run")[-1]["step"]
+    assert last % 7 == 0 and f"stopped after step {last} of 100000" in ended.out
     assert (folder / "run" / "export" / "config.json").exists()
 
 

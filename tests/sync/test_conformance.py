@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loops import config, distance, run_all
 from paceline.comm import link
 from paceline.comm.link import LocalLink
 from paceline.comm.mesh import Mesh
@@ -13,31 +14,39 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.registry import SYNCS
 from paceline.schedule.accumulate import Accumulate
+from paceline.sync.base import SyncContext
 from paceline.train.replica import ModuleReplica
 from paceline.train.step import train_step
 from parity import CPU, assert_equal_training, identical, on_pool, tiny_llama, train
 from tolerances import FP64_EQUAL
 
 EVERY = pytest.mark.parametrize("name", list(SYNCS))
+PLAIN = {"slowmo": {"momentum": 0}, "diloco": {"outer": {"lr": 1, "momentum": 0}}}
+"""Options with which one replica is plain training, where it is not with the defaults."""
+
+
+def small(name, **options):
+    """A strategy that shows all it does in three steps or four."""
+    fields = SYNCS.load(name).model_fields
+    short = {key: value for key, value in {"start": 1, "every": 2}.items() if key in fields}
+    return {"name": name, **short, **options}
 
 
 @EVERY
-def test_one_replica_is_plain_training(name):
-    plain = tiny_llama()
-    assert_equal_training(train(None, micro=7), train(None, micro=7, sync={"name": name}), FP64_EQUAL)
-    strategy = choose(SYNCS, name).build(LocalLink())
-    replica = ModuleReplica(Masters(plain, torch.float64), SGD(), mesh=Mesh.alone())
-    strategy.start(replica)
-    assert strategy.begin(1, replica, 5) == 5
-    assert choose(SYNCS, name).wire_bytes({"w": (10, 10)}, 1) == 0
+def test_one_replica_is_plain_training_bit_for_bit(name):
+    alone = train(None, micro=7, sync=small(name, **PLAIN.get(name, {})), momentum=0.5)
+    assert_equal_training(train(None, micro=7, momentum=0.5), alone, 0.0)
+    assert alone["sent_bytes"] == 0
+    assert choose(SYNCS, name).wire_bytes({"w": (10, 10)}, 1, 100) == 0
 
 
 @EVERY
 def test_replicas_agree_and_a_second_run_gives_the_same_bits(name, pool):
-    first = pool.run(on_pool, 3, {"sync": {"name": name}})
+    first = pool.run(on_pool, 3, {"sync": small(name)})
     assert identical(first)
-    second = pool.run(on_pool, 3, {"sync": {"name": name}})
-    assert_equal_training(first[0], second[0], 0.0)
+    second = pool.run(on_pool, 3, {"sync": small(name)})
+    for one, other in zip(first, second, strict=True):
+        assert_equal_training(one, other, 0.0)
 
 
 def start_unequal(member, name):
@@ -46,7 +55,7 @@ def start_unequal(member, name):
         member.store, index=member.index, size=member.size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True
     )
     try:
-        choose(SYNCS, name).build(between).start(replica)
+        choose(SYNCS, name).build(SyncContext(link=between, steps=1)).start(replica)
     except TrainError as error:
         return str(error)
 
@@ -58,12 +67,67 @@ def test_replicas_that_start_differently_are_refused_everywhere(name, pool):
 
 
 @EVERY
-def test_bytes_are_announced(name):
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_bytes_on_the_wire_are_those_announced(name, replicas, pool):
+    shapes = {name: p.shape for name, p in tiny_llama().named_parameters()}
+    options = choose(SYNCS, small(name))
+    for told in pool.run(on_pool, replicas, {"sync": small(name), "dtype": torch.float32}):
+        assert told["sent_bytes"] == options.wire_bytes(shapes, replicas, 3) > 0
+
+
+@EVERY
+def test_state_on_a_rank_is_what_is_announced(name):
+    """What is kept between steps; buffers to send from come on top."""
+    model = tiny_llama().float()
+    replica = ModuleReplica(Masters(model, torch.float32), SGD(), None, mesh=Mesh.alone())
     options = choose(SYNCS, name)
-    shapes = {"a": (1000, 100), "b": (7,)}
-    assert options.wire_bytes(shapes, 2) > 0
-    assert options.wire_bytes(shapes, 4) >= options.wire_bytes(shapes, 2)
-    assert options.state_bytes(shapes) >= 0
+    sync = options.build(SyncContext(link=LocalLink(), steps=1))
+    sync.start(replica)
+    kept = sum(state.tensor.nbytes for state in sync.state().values())
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    buffers = options.state_bytes(shapes) - kept
+    whole = sum(p.nbytes for p in model.parameters())
+    assert 0 <= buffers <= 2 * whole + 8 * len(shapes)
+    assert all(state.like in shapes or state.like is None for state in sync.state().values())
+
+
+LAYOUTS = {"plain": {}, "shard": {"shard": 2}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
+
+
+@pytest.fixture(scope="module")
+def learned(pool, tmp_path_factory):
+    """What every sync learns under every layout, with momentum and a rate that changes."""
+    kept = {}
+
+    def run(layout):
+        if layout not in kept:
+            folder = tmp_path_factory.mktemp(layout)
+            runs = [
+                config(
+                    small(name),
+                    folder=str(folder / name),
+                    replicas=2,
+                    layout=LAYOUTS[layout],
+                    optimizer={"momentum": 0.5},
+                    schedule={"name": "linear", "warmup_steps": 2},
+                    train={"clip_norm": 1.0},
+                )
+                for name in SYNCS
+            ]
+            kept[layout] = dict(zip(SYNCS, run_all(pool, runs), strict=True))
+        return kept[layout]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "plain"])
+def test_how_a_replica_is_cut_changes_nothing(layout, learned):
+    plain, cut = learned("plain"), learned(layout)
+    for name in SYNCS:
+        for one, other in zip(plain[name].weights, cut[name].weights, strict=True):
+            assert distance(one, other) <= FP64_EQUAL, name
+        for one, other in zip(plain[name].losses, cut[name].losses, strict=True):
+            assert one == pytest.approx(other, rel=FP64_EQUAL), name
 
 
 class Branching(torch.nn.Module):
@@ -91,7 +155,7 @@ def branching(member, name):
     between = link.connect(store, index=index, size=size, coordinate=0, backend="gloo", timeout_s=10.0, loopback=True)
     model = Branching()
     replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=0.1), mesh=Mesh.alone())
-    strategy = choose(SYNCS, {"name": name}).build(between)
+    strategy = choose(SYNCS, small(name)).build(SyncContext(link=between, steps=3))
     strategy.start(replica)
     schedule = Accumulate(model, ByPlace(), seed=0, device=CPU)
     losses, norms = [], []

@@ -13,7 +13,7 @@ from paceline.errors import PlanError
 from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.train.average import Average, check_statistics
-from paceline.train.replica import ModuleReplica
+from paceline.train.replica import ModuleReplica, holding
 
 STEPS = 12
 
@@ -96,7 +96,7 @@ def test_it_is_measured_in_the_weights_place_and_they_come_back_bit_for_bit(dtyp
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     masters = [shard.local.clone() for shard in replica.shards]
     mean = {name: tensor.clone() for name, tensor in average.tensors.items()}
-    with average.in_place():
+    with holding(replica, average.measured):
         for name, p in model.named_parameters():
             assert (
                 p.dtype is dtype and torch.equal(p.detach(), mean[name].to(dtype)) and not torch.equal(p, before[name])
@@ -107,18 +107,18 @@ def test_it_is_measured_in_the_weights_place_and_they_come_back_bit_for_bit(dtyp
 
 
 def test_they_come_back_after_an_error_too():
-    average, model, _ = trained("ema")
+    average, model, replica = trained("ema")
     before = model.weight.detach().clone()
-    with pytest.raises(KeyError), average.in_place():
+    with pytest.raises(KeyError), holding(replica, average.measured):
         raise KeyError
     assert torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize("options", [{"name": "ema", "evaluate": False}, {"name": "ema", "start": STEPS}])
 def test_without_one_or_where_it_is_not_asked_for_the_weights_themselves_are_measured(options):
-    average, model, _ = trained(options)
+    average, model, replica = trained(options)
     before = model.weight.detach().clone()
-    with average.in_place():
+    with holding(replica, average.measured):
         assert torch.equal(model.weight, before)
 
 

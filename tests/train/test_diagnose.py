@@ -11,6 +11,7 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.schedule.accumulate import Accumulate
 from paceline.sync.all_reduce import AllReduce
+from paceline.sync.base import SyncContext
 from paceline.train.clip import ClipNorm
 from paceline.train.diagnose import locate
 from paceline.train.replica import ModuleReplica
@@ -91,7 +92,7 @@ def test_step_raises_before_the_weights_change(value):
     model.lm_head.register_forward_hook(lambda _m, _i, out: out * value)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     replica = ModuleReplica(Masters(model, torch.float64), SGD(), [ClipNorm(1.0)], mesh=Mesh.alone())
-    sync = AllReduce().build(LocalLink())
+    sync = AllReduce().build(SyncContext(link=LocalLink(), steps=3))
     sync.start(replica)
     schedule = Accumulate(model, objective(), seed=0, device=torch.device("cpu"))
     with pytest.raises(NonFiniteError, match="at step 3"):

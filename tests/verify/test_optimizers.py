@@ -4,7 +4,7 @@ import pytest
 
 from paceline.config import Config, choose
 from paceline.models.tiny import TINY
-from paceline.registry import OPTIMIZERS
+from paceline.registry import OPTIMIZERS, SYNCS
 from paceline.verify.cases import parse
 from paceline.verify.run import Row, Table, Trial
 
@@ -50,6 +50,16 @@ def test_the_update_is_that_of_one_process(pool, name, family, words):
             row = trial.judge(case)
             assert row.verdict == "equal", row.text()
             assert row.name == f"{case.name} with {name}"
+
+
+@pytest.mark.parametrize("name", ["soap", "sophia"])
+def test_replicas_that_learn_alone_get_their_own_gradients(pool, name):
+    """Each the ones of the replica in its place, and it has a state of its own."""
+    options = choose(OPTIMIZERS, {"name": name, **OPTIONS[name]})
+    update = {"sync": choose(SYNCS, {"name": "slowmo", "every": 2}), "replicas": 2}
+    with Trial(config("llama", name).model_copy(update=update), pool, steps=STEPS, optimizer=options) as trial:
+        rows = [trial.judge(case) for case in parse("replicas=2,tensor=2; replicas=2,shard=2,zero=3")]
+    assert [row.verdict for row in rows] == ["equal"] * 2, rows
 
 
 def test_layouts_are_counted_once_whatever_was_judged():

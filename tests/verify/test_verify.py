@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from paceline.checkpoint import Checkpointer, LocalExchange, tensor_state
-from paceline.config import Config
+from paceline.config import Config, choose
 from paceline.errors import ConfigError
 from paceline.models.tiny import DROPOUTS, TINY
+from paceline.registry import SYNCS
 from paceline.verify.cases import MIXTURE, parse
 from paceline.verify.compare import bounds_of, compare_saved
 from paceline.verify.routing import compare_routes, narrowest
@@ -280,3 +281,18 @@ def test_compiled_blocks(llama, words):
     (case,) = parse(words)
     row = llama.judge(case)
     assert row.verdict == "equal", row.text()
+
+
+def test_replicas_that_differ_are_judged_by_as_many_of_one_process(pool):
+    """Saved between exchanges under one layout, continued under the next; and what levels cannot be judged by."""
+    llama = config("llama", tie_word_embeddings=True)
+    update = {"sync": choose(SYNCS, "diloco"), "replicas": 2}
+    with Trial(llama.model_copy(update=update), pool, steps=8) as trial:
+        rows = [trial.judge(case) for case in parse("replicas=2,tensor=2; replicas=2,shard=2; replicas=1,context=2")]
+    assert [row.verdict for row in rows] == ["equal"] * 3, rows
+    assert rows[0].sent_bytes > 0
+    levels = {"sync": (choose(SYNCS, "all_reduce"), choose(SYNCS, "diloco")), "replicas": (2, 2)}
+    with Trial(llama.model_copy(update=levels), pool, steps=8) as trial:
+        four, three = (trial.judge(case) for case in parse("replicas=4; replicas=3"))
+    assert four.verdict == "equal", four
+    assert three.verdict == "refused" and "are not the levels of replicas=[2, 2]" in three.reason

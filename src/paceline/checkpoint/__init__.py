@@ -18,7 +18,7 @@ from paceline.checkpoint.folder import newest, steps
 from paceline.checkpoint.manifest import Json
 from paceline.checkpoint.reader import Checkpoint, SavedWeights, load
 from paceline.checkpoint.snapshot import needed_bytes
-from paceline.checkpoint.state import Kind, Rule, TensorState, tensor_state
+from paceline.checkpoint.state import Kind, Rule, TensorState, per_replica, tensor_state
 from paceline.checkpoint.writer import Checkpointer, Saved
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "needed_bytes",
     "newest",
+    "per_replica",
     "steps",
     "tensor_state",
 ]

@@ -51,6 +51,11 @@ class Entry(_Frozen):
     rule: Rule | None
     parts: tuple[Part, ...]
 
+    @property
+    def holders(self) -> list[int]:
+        """Of a per-replica tensor, the replicas that had one: an optimizer begins a state with its first gradient."""
+        return sorted({part.start[0] for part in self.parts})
+
 
 class FileRecord(_Frozen):
     """Size and checksum of one file."""
@@ -110,7 +115,10 @@ def checked_values(values: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def merge(shares: Iterable[Mapping[str, Entry]]) -> dict[str, Entry]:
-    """Join what every rank wrote; ``ValueError`` unless the parts of each tensor cover it exactly once."""
+    """Join what every rank wrote; ``ValueError`` unless the parts of each tensor cover it exactly once.
+
+    Of a per-replica tensor they cover what each replica has that has any.
+    """
     joined: dict[str, Entry] = {}
     for share in shares:
         for name, entry in share.items():
@@ -122,8 +130,8 @@ def merge(shares: Iterable[Mapping[str, Entry]]) -> dict[str, Entry]:
             joined[name] = known.model_copy(update={"parts": known.parts + entry.parts})
     covered: set[object] = set()  # most tensors are cut in one of a few ways
     for name, entry in joined.items():
-        cut = (entry.shape, tuple((part.start, part.shape) for part in entry.parts))
-        if cut not in covered and (problem := _not_covered(entry.shape, entry.parts)):
+        cut = (entry.kind, entry.shape, tuple((part.start, part.shape) for part in entry.parts))
+        if cut not in covered and (problem := _problem(entry)):
             raise ValueError(f"{name}: {problem}")
         covered.add(cut)
     return {name: joined[name] for name in sorted(joined)}
@@ -131,6 +139,15 @@ def merge(shares: Iterable[Mapping[str, Entry]]) -> dict[str, Entry]:
 
 def _about(entry: Entry) -> str:
     return f"{entry.kind} {entry.dtype} {list(entry.shape)}"
+
+
+def _problem(entry: Entry) -> str | None:
+    if entry.kind is not Kind.PER_REPLICA:
+        return _not_covered(entry.shape, entry.parts)
+    whole = (len(entry.holders), *entry.shape[1:])
+    places = {replica: (place,) for place, replica in enumerate(entry.holders) if replica < entry.shape[0]}
+    own = [part.model_copy(update={"start": places.get(part.start[0], (-1,)) + part.start[1:]}) for part in entry.parts]
+    return _not_covered(whole, own)
 
 
 def _not_covered(shape: Sequence[int], parts: Sequence[Part]) -> str | None:

@@ -14,8 +14,8 @@ from paceline.checkpoint import disk, manifest
 from paceline.checkpoint.folder import step_name, steps
 from paceline.checkpoint.manifest import Entry, Json, Manifest, Part
 from paceline.checkpoint.state import Kind, Rule, TensorState, tied
+from paceline.comm.boxes import Block, Shape
 from paceline.errors import CheckpointError
-from paceline.parallel.boxes import Block, Shape
 
 _MODEL, _AVERAGE = "model/", "average/"
 _Window: TypeAlias = tuple[slice, ...]
@@ -84,6 +84,13 @@ class Checkpoint:
         """A whole tensor, on the CPU, in its saved dtype."""
         shape = self.entry(name).shape
         return self.slice(name, (0,) * len(shape), shape)
+
+    def common(self, name: str) -> Tensor:
+        """A whole tensor as all replicas have it; where they differ, the mean over them."""
+        entry = self.entry(name)
+        if entry.kind is not Kind.PER_REPLICA:
+            return self.tensor(name)
+        return self._mean(name, (0,) * (len(entry.shape) - 1), entry.shape[1:])
 
     def slice(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         """The box ``full[start : start + shape]`` of a tensor; only its own bytes are read."""
@@ -183,22 +190,37 @@ class Checkpoint:
 
     def _block(self, name: str, state: TensorState, block: Block) -> Tensor | None:
         """The saved value of a block, by the rule where the number of replicas differs; None leaves it as it is."""
-        saved = self.entry(name).shape
-        if saved == state.full_shape:
+        entry = self.entry(name)
+        saved, is_own = entry.shape, state.kind is Kind.PER_REPLICA
+        if entry.kind is not Kind.PER_REPLICA:
+            start, shape = (block.start[1:], block.shape[1:]) if is_own else (block.start, block.shape)
+            return self.slice(name, start, shape).view(block.shape)
+        if is_own and saved == state.full_shape:
+            if block.start[0] not in entry.holders:
+                raise CheckpointError(f"replica {block.start[0]} saved no {name} in step {self.step}")
             return self.slice(name, block.start, block.shape)
-        replica, *start = block.start
-        _, *shape = block.shape
-        if state.rule is Rule.MEAN:
-            every = self.slice(name, (0, *start), (saved[0], *shape))
-            return every.double().mean(0, keepdim=True).to(every.dtype)
-        if state.rule is Rule.CLONE:
-            return self.slice(name, (replica % saved[0], *start), block.shape)
+        replica, start, shape = (
+            (block.start[0], block.start[1:], block.shape[1:]) if is_own else (0, block.start, block.shape)
+        )
+        rule = state.rule or entry.rule
+        if rule is Rule.MEAN:
+            return self._mean(name, start, shape).view(block.shape)
+        if rule is Rule.CLONE:
+            holder = entry.holders[replica % len(entry.holders)]
+            return self.slice(name, (holder, *start), (1, *shape)).view(block.shape)
         return None
+
+    def _mean(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Of a box, over the replicas that saved one; exact where they hold the same."""
+        every = torch.cat([self.slice(name, (at, *start), (1, *shape)) for at in self.entry(name).holders])
+        if all(torch.equal(every[0], other) for other in every[1:]):
+            return every[0]
+        return every.double().mean(0).to(every.dtype)
 
     def _mismatch(self, name: str, state: TensorState, layout: Mapping[str, int]) -> str | None:
         entry = self.entry(name)
         dtype = str(state.tensor.dtype).removeprefix("torch.")
-        if entry.kind is not state.kind:
+        if entry.kind is not state.kind and not _may_become(entry.kind, state.kind):
             return f"{name} was saved as {entry.kind} and is {state.kind} here"
         if entry.dtype != dtype:
             return f"{name} was saved in {entry.dtype} and is {dtype} here"
@@ -238,7 +260,7 @@ class SavedWeights(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         own = _AVERAGE + name
-        return self._checkpoint.tensor(own if own in self._averaged else _MODEL + name)
+        return self._checkpoint.common(own if own in self._averaged else _MODEL + name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -286,6 +308,11 @@ def _advice(folder: Path, step: int, check: Callable[[int], object], word: str) 
 
 def _window(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> _Window:
     return tuple(slice(a - at, b - at) for a, b, at in zip(low, high, origin, strict=True))
+
+
+def _may_become(saved: Kind, here: Kind) -> bool:
+    """What one replica, or equal ones, have once, several that differ have once each."""
+    return Kind.PER_REPLICA in {saved, here} and {saved, here} <= {Kind.PARAMETER, Kind.REPLICATED, Kind.PER_REPLICA}
 
 
 def _comparable(shape: Shape, kind: Kind) -> Shape:

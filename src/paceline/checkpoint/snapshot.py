@@ -18,8 +18,8 @@ from torch import Tensor
 
 from paceline.checkpoint.manifest import Entry, Part
 from paceline.checkpoint.state import TensorState, tied
+from paceline.comm.boxes import Block
 from paceline.errors import CheckpointError
-from paceline.parallel.boxes import Block
 
 DTYPES = {
     torch.float64: "F64",

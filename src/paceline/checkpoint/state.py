@@ -6,19 +6,21 @@ Kinds, and what happens when a checkpoint is loaded under another layout or anot
     replicated    one logical tensor, whole on every rank that has it: loads anywhere
     per_replica   one logical tensor for each replica, kept with a leading axis of replicas: with another number of
                   replicas its rule decides (mean: the mean over the replicas saved; clone: replica r takes that of
-                  replica r modulo the number saved; fresh: what the caller has stays)
+                  replica r modulo the number saved; fresh: what the caller has stays), for those that have one: an
+                  optimizer's state begins with the first step that is taken. What was saved once for all is
+                  every replica's own; where replicas hold the same, they take what the rule makes of several
     opaque        one tensor for each rank, kept with a leading axis of ranks: refused under any other layout
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
-from paceline.parallel.boxes import Block, Shape, block, dtensor_blocks
+from paceline.comm.boxes import Block, Shape, block, dtensor_blocks
 
 
 class Kind(StrEnum):
@@ -89,11 +91,23 @@ def tensor_state(
         assert start is not None, "a block of a larger tensor needs its start"
         whole, blocks = tuple(full_shape), (block(tensor.shape, start),)
     assert kind is not Kind.REPLICATED or (len(blocks) == 1 and blocks[0].shape == whole), "replicated state is whole"
-    if place is not None:
-        index, count = place
-        local, whole = local.unsqueeze(0), (count, *whole)
-        blocks = tuple(Block((index, *b.start), (1, *b.shape), (0, *b.inner)) for b in blocks)
-    return TensorState(local, kind, whole, blocks, rule, holder)
+    state = TensorState(local, kind, whole, blocks, rule, holder)
+    return state if place is None else _one_of(state, place)
+
+
+def per_replica(state: TensorState, place: tuple[int, int]) -> TensorState:
+    """The same state where each of several replicas has its own; ``place`` is (replica, replicas).
+
+    With another number of replicas floating-point state is averaged, and the rest dealt out.
+    """
+    rule = Rule.MEAN if state.tensor.is_floating_point() else Rule.CLONE
+    return replace(_one_of(state, place), kind=Kind.PER_REPLICA, rule=rule)
+
+
+def _one_of(state: TensorState, place: tuple[int, int]) -> TensorState:
+    index, count = place
+    blocks = tuple(Block((index, *b.start), (1, *b.shape), (0, *b.inner)) for b in state.blocks)
+    return replace(state, tensor=state.tensor.unsqueeze(0), full_shape=(count, *state.full_shape), blocks=blocks)
 
 
 def tied(tensors: Mapping[str, TensorState]) -> dict[str, str]:

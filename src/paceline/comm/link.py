@@ -1,13 +1,15 @@
 """Links: the only thing between replicas.
 
-A process group never leaves its replica. A link joins the ranks that hold the same coordinates in every replica; it is
-counted, and it can be aborted and formed anew without touching the replicas' own worlds. One file knows the transports;
-a sync sees the protocol.
+A process group never leaves its replica. A link joins the ranks that hold the same coordinates in every replica, or in
+some of them; it is counted, and it can be aborted and formed anew without touching the replicas' own worlds. One file
+knows the transports; a sync sees the protocol.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
 from paceline.errors import LinkError
+from paceline.plan.wire import all_gather_bytes, all_reduce_bytes, all_to_all_bytes, broadcast_bytes
+
+_NEVER_SENT = 2**20
+"""A tag that no exchange has."""
 
 
 class Pending(Protocol):
@@ -25,24 +31,59 @@ class Pending(Protocol):
 
 
 class Link(Protocol):
-    """Sums and copies between the counterparts of one rank in all replicas.
+    """Exchanges between the counterparts of one rank in several replicas.
 
-    Tensors are plain, contiguous local tensors on the rank's device. Exchanges are matched by the order in which they
-    are started, which must be the same on every member.
+    Tensors are plain, contiguous local tensors on the rank's device, and as large on every member where nothing else is
+    said. Exchanges are matched by the order in which they are started, which must be the same on every member; ``send``
+    and ``receive`` by that of the same two members and tag.
     """
 
     index: int
-    """This member's place, 0-based: its replica."""
+    """This member's place, 0-based."""
     size: int
-    """Members: replicas."""
-    sent_bytes: int
-    """Payload bytes this member has put on the wire (ring formula for sums), since it was made."""
+    """Members."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload bytes this member has put on the wire since the link was made, by the formulas of ``plan.wire``."""
+        ...
 
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
         """Start the sum of ``tensor`` over all members, in place."""
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> Pending:
         """Start the copy of the root's ``tensor`` to all members, in place."""
+
+    def all_gather(self, into: torch.Tensor, tensor: torch.Tensor) -> Pending:
+        """Start to collect every member's ``tensor`` in ``into`` (members, ...), in their order."""
+
+    def all_to_all(
+        self,
+        into: torch.Tensor,
+        tensor: torch.Tensor,
+        *,
+        received: Sequence[int] | None = None,
+        sent: Sequence[int] | None = None,
+    ) -> Pending:
+        """Start to send the first ``sent[0]`` rows to member 0, the next to member 1, ...; ``into`` is what comes in.
+
+        It comes in the order of the members, ``received[i]`` rows from member i. Without numbers all are equal.
+        """
+
+    def reduce_scatter(self, into: torch.Tensor, tensor: torch.Tensor) -> Pending:
+        """Start the sum of piece i of every member's ``tensor`` (members, ...) to its owner i, in ``into``.
+
+        The owner adds in the order of the members, so the sum is the same whoever owns it.
+        """
+
+    def send(self, tensor: torch.Tensor, to: int, *, tag: int = 0) -> Pending:
+        """Start to send ``tensor`` to a member, which receives it."""
+
+    def receive(self, tensor: torch.Tensor, source: int, *, tag: int = 0) -> Pending:
+        """Start to receive what a member sends, into ``tensor``."""
+
+    def sub(self, members: Sequence[int]) -> "Link":
+        """A link among some members, in this order; they all call it. It ends with this one, which counts its bytes."""
 
     def abort(self) -> None:
         """Break the link: pending exchanges fail with ``LinkError``."""
@@ -68,22 +109,55 @@ class LocalLink:
         """The only member already holds it."""
         return _Done()
 
+    def all_gather(self, into: torch.Tensor, tensor: torch.Tensor) -> Pending:
+        """The only piece is its own."""
+        into.view(-1).copy_(tensor.view(-1))
+        return _Done()
+
+    def all_to_all(
+        self,
+        into: torch.Tensor,
+        tensor: torch.Tensor,
+        *,
+        received: Sequence[int] | None = None,
+        sent: Sequence[int] | None = None,
+    ) -> Pending:
+        """All that is sent comes back."""
+        return self.all_gather(into, tensor)
+
+    def reduce_scatter(self, into: torch.Tensor, tensor: torch.Tensor) -> Pending:
+        """The only piece is its own."""
+        return self.all_gather(into, tensor)
+
+    def send(self, tensor: torch.Tensor, to: int, *, tag: int = 0) -> Pending:
+        """There is nobody to send to."""
+        raise AssertionError(f"a link of one member has no member {to} beside it")
+
+    receive = send
+
+    def sub(self, members: Sequence[int]) -> Link:
+        """The same again."""
+        assert list(members) == [0], members
+        return self
+
     def abort(self) -> None:
         """Nothing to break."""
 
 
 class _Work:
-    """A torch.distributed work whose failure is a ``LinkError``."""
+    """A torch.distributed work whose failure is a ``LinkError``; what is ``left`` to do is done when it has ended."""
 
-    def __init__(self, work: dist.Work, describe: Callable[[], str]) -> None:
+    def __init__(self, work: dist.Work, describe: Callable[[], str], left: Callable[[], object]) -> None:
         self._work = work
         self._describe = describe
+        self._left = left
 
     def wait(self) -> None:
         try:
             self._work.wait()
         except RuntimeError as error:
             raise LinkError(f"{self._describe()}: {_reason(error)}") from error
+        self._left()
 
 
 class GroupLink:
@@ -97,33 +171,101 @@ class GroupLink:
     ) -> None:
         self.index = index
         self.size = size
-        self.sent_bytes = 0
+        self._sent_bytes = 0
+        self._store = store
+        self._how = {"backend": backend, "timeout_s": timeout_s, "loopback": loopback}
+        self._subs: dict[str, list[Link]] = {}
         try:
             self._group = _make_group(store, index, size, backend, timedelta(seconds=timeout_s), loopback)
         except RuntimeError as error:
             raise LinkError(f"{self._describe()} could not be formed: {_reason(error)}") from error
 
+    @property
+    def sent_bytes(self) -> int:
+        """Of this link and those among some of its members."""
+        return self._sent_bytes + sum(sub.sent_bytes for sub in chain(*self._subs.values()))
+
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
-        """Start the sum over all members; a ring sends 2 (n-1)/n of the tensor."""
-        assert tensor.is_contiguous()
-        self.sent_bytes += all_reduce_bytes(tensor.nbytes, self.size)
-        return self._start(lambda: self._group.allreduce([tensor]))
+        """Start the sum over all members."""
+        return self._start(all_reduce_bytes(tensor.nbytes, self.size), lambda: self._group.allreduce([tensor]), tensor)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> Pending:
         """Start the copy of the root's tensor."""
-        assert tensor.is_contiguous()
-        self.sent_bytes += tensor.nbytes if self.index == root else 0
         options = dist.BroadcastOptions()
         options.rootRank = root
-        return self._start(lambda: self._group.broadcast([tensor], options))
+        sent = broadcast_bytes(tensor.nbytes, self.size, (self.index - root) % self.size)
+        return self._start(sent, lambda: self._group.broadcast([tensor], options), tensor)
+
+    def all_gather(self, into: torch.Tensor, tensor: torch.Tensor) -> Pending:
+        """Start to collect every member's tensor."""
+        sent = all_gather_bytes(tensor.nbytes, self.size)
+        return self._start(sent, lambda: self._group._allgather_base(into.view(-1), tensor.view(-1)), into, tensor)
+
+    def all_to_all(
+        self,
+        into: torch.Tensor,
+        tensor: torch.Tensor,
+        *,
+        received: Sequence[int] | None = None,
+        sent: Sequence[int] | None = None,
+    ) -> Pending:
+        """Start to send rows to their members."""
+        rows = tensor.shape[0] // self.size if sent is None else sent[self.index]
+        n_bytes = tensor.nbytes - rows * (tensor[:1].nbytes)
+        counts = list(received or ()), list(sent or ())
+        return self._start(n_bytes, lambda: self._group.alltoall_base(into, tensor, *counts), into, tensor)
+
+    def reduce_scatter(self, into: torch.Tensor, tensor: torch.Tensor) -> Pending:
+        """Start the sums: gloo's own would send as much as an all-reduce, and add in another order for each owner."""
+        assert tensor.shape[0] == self.size, (tensor.shape, self.size)
+        pieces = torch.empty_like(tensor)
+        return self._start(
+            all_to_all_bytes(tensor.nbytes, self.size),
+            lambda: self._group.alltoall_base(pieces, tensor, [], []),
+            tensor,
+            left=lambda: _add_in_order(into, pieces),
+        )
+
+    def send(self, tensor: torch.Tensor, to: int, *, tag: int = 0) -> Pending:
+        """Start to send."""
+        assert to != self.index
+        return self._start(tensor.nbytes, lambda: self._group.send([tensor], to, tag), tensor)
+
+    def receive(self, tensor: torch.Tensor, source: int, *, tag: int = 0) -> Pending:
+        """Start to receive."""
+        assert source != self.index
+        return self._start(0, lambda: self._group.recv([tensor], source, tag), tensor)
+
+    def sub(self, members: Sequence[int]) -> Link:
+        """A group of its own among some members."""
+        among = "-".join(map(str, members))
+        before = self._subs.setdefault(among, [])
+        store = PrefixStore(f"sub/{among}/{len(before)}", self._store)
+        before.append(_form(store, list(members).index(self.index), len(members), **self._how))
+        return before[-1]
 
     def abort(self) -> None:
-        """Break the link."""
+        """Break the link, and those among some of its members."""
+        for sub in chain(*self._subs.values()):
+            sub.abort()
         self._group.abort()
+        if self._how["backend"] == "gloo":
+            # Its abort does nothing in torch 2.13. A wait that is over closes all connections of the group.
+            never = self._group.recv([torch.empty(1)], (self.index + 1) % self.size, _NEVER_SENT)
+            with suppress(RuntimeError):
+                never.wait(timedelta(milliseconds=1))
 
-    def _start(self, launch: Callable[[], dist.Work]) -> Pending:
+    def _start(
+        self,
+        sent_bytes: int,
+        launch: Callable[[], dist.Work],
+        *tensors: torch.Tensor,
+        left: Callable[[], object] = lambda: None,
+    ) -> Pending:
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        self._sent_bytes += sent_bytes
         try:
-            return _Work(launch(), self._describe)
+            return _Work(launch(), self._describe, left)
         except RuntimeError as error:
             raise LinkError(f"{self._describe()}: {_reason(error)}") from error
 
@@ -131,20 +273,34 @@ class GroupLink:
         return f"link of replica {self.index} to the {self.size - 1} other(s)"
 
 
-def all_reduce_bytes(n_bytes: int, size: int) -> int:
-    """Bytes one member sends when ``n_bytes`` are summed over ``size`` members by a ring (Patarasuk & Yuan 2009)."""
-    return 2 * (size - 1) * n_bytes // size
-
-
 def connect(
-    store: Store | None, *, index: int, size: int, coordinate: int, backend: str, timeout_s: float, loopback: bool
+    store: Store | None,
+    *,
+    index: int,
+    size: int,
+    coordinate: int,
+    backend: str,
+    timeout_s: float,
+    loopback: bool,
+    name: str = "all",
 ) -> Link:
-    """The link between the ranks at ``coordinate`` of all replicas."""
+    """The link between the ranks at ``coordinate`` of all replicas, or of those that agree on another ``name``."""
+    assert size == 1 or store is not None, "links between replicas need a store"
+    prefixed = PrefixStore(f"link/{coordinate}/{name}", store) if store is not None else None
+    return _form(prefixed, index, size, backend=backend, timeout_s=timeout_s, loopback=loopback)
+
+
+def _form(store: Store | None, index: int, size: int, **how: Any) -> Link:
     if size == 1:
         return LocalLink()
-    assert store is not None, "links between replicas need a store"
-    store = PrefixStore(f"link/{coordinate}", store)
-    return GroupLink(store, index=index, size=size, backend=backend, timeout_s=timeout_s, loopback=loopback)
+    assert store is not None
+    return GroupLink(store, index=index, size=size, **how)
+
+
+def _add_in_order(into: torch.Tensor, pieces: torch.Tensor) -> None:
+    into.view(-1).copy_(pieces[0].reshape(-1))
+    for piece in pieces[1:]:
+        into.view(-1).add_(piece.reshape(-1))
 
 
 def _make_group(store: Store, index: int, size: int, backend: str, timeout: timedelta, loopback: bool) -> Any:

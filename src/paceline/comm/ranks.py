@@ -1,6 +1,17 @@
 """Who a process is: its replica, and its place inside the replica."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A replica's place among those with which it agrees at one level; all of these have the same ``name``."""
+
+    index: int
+    size: int
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +46,16 @@ class Coordinates:
     def is_leader(self) -> bool:
         """The rank that writes what the run writes once."""
         return self.global_rank == 0
+
+    def groups(self, sizes: Sequence[int]) -> tuple[Group, ...]:
+        """This replica's place at each level of a hierarchy of ``sizes``, innermost first; neighbours are a group."""
+        assert math.prod(sizes) == self.replicas, (sizes, self.replicas)
+        groups, stride = [], 1
+        for level, size in enumerate(sizes):
+            index = self.replica // stride % size
+            groups.append(Group(index=index, size=size, name=f"level-{level}-of-{self.replica - index * stride}"))
+            stride *= size
+        return tuple(groups)
 
     @classmethod
     def of(cls, global_rank: int, *, replicas: int, ranks: int, local_rank: int, local_ranks: int) -> "Coordinates":

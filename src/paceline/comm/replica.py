@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
+from paceline.comm.boxes import Part
+
 Vote = Callable[[bool], bool]
 """Turns this replica's wish to step into the decision of all replicas that must decide alike."""
 
@@ -25,11 +27,13 @@ class Shard:
 
     name: str
     parameter: torch.nn.Parameter
+    part: Part | None = None
+    """The boxes of the full parameter that ``local`` holds; None for one that is held whole."""
 
     @property
-    def is_part(self) -> bool:
-        """Whether torch holds the parameter in parts, of which this rank's is ``local``."""
-        return isinstance(self.parameter, DTensor)
+    def is_plain(self) -> bool:
+        """Whether ``parameter`` is what is held here itself, and no DTensor."""
+        return not isinstance(self.parameter, DTensor)
 
     @property
     def local(self) -> torch.Tensor:
@@ -92,6 +96,11 @@ class Replica(Protocol):
     @property
     def reduction(self) -> torch.dtype | None:
         """What gradients are summed in; None for fp32 or more, as they come."""
+        ...
+
+    @property
+    def rate(self) -> float:
+        """The optimizer's rate in this step, the same in all replicas: ``optimizer.lr`` times the schedule's factor."""
         ...
 
     def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:

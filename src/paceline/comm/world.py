@@ -1,9 +1,10 @@
 """The torch.distributed world of one replica, and the store through which ranks find each other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
@@ -14,7 +15,7 @@ from paceline.comm.link import Link
 from paceline.comm.mesh import Mesh
 from paceline.comm.ranks import Coordinates
 from paceline.errors import LinkError, PlanError
-from paceline.plan.layout import Grid
+from paceline.plan.layout import Grid, data_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +60,16 @@ class World:
     store: Store | None
     mesh: Mesh
     link: Link
+    """To this rank's counterparts in all other replicas."""
+    group_sizes: tuple[int, ...]
+    """How many replicas, or groups of the level below, agree at each level of a hierarchy, innermost first."""
+    links: tuple[Link, ...]
+    """One for each level: to those with which this one agrees there. Of a single level it is ``link``."""
 
     @property
     def data_rank(self) -> int:
         """This rank's place among those that learn from different rows."""
-        return self.coordinates.replica * self.mesh.shard.size + self.mesh.shard.index
+        return data_rank(self.coordinates.replica, self.group_sizes, self.mesh.shard.index)
 
     @property
     def data_ranks(self) -> int:
@@ -72,17 +78,35 @@ class World:
 
 
 @contextmanager
-def join(coordinates: Coordinates, device: Device, rendezvous: Rendezvous | None, grid: Grid) -> Iterator[World]:
-    """Join the replica's own world, a grid of ranks, and the link to this rank's counterparts in other replicas."""
+def join(
+    coordinates: Coordinates,
+    device: Device,
+    rendezvous: Rendezvous | None,
+    grid: Grid,
+    group_sizes: Sequence[int] | None = None,
+) -> Iterator[World]:
+    """Join the replica's own world, a grid of ranks, and the links to this rank's counterparts in other replicas.
+
+    ``group_sizes``: how many replicas, or groups of the level below, agree at each level; by default one level of all.
+    """
     timeout_s, loopback = (rendezvous.timeout_s, rendezvous.loopback) if rendezvous is not None else (0.0, True)
     store = rendezvous.connect() if rendezvous is not None else None
-    with enter(coordinates, device, store, grid, timeout_s=timeout_s, loopback=loopback) as world:
+    with enter(
+        coordinates, device, store, grid, timeout_s=timeout_s, loopback=loopback, group_sizes=group_sizes
+    ) as world:
         yield world
 
 
 @contextmanager
 def enter(
-    coordinates: Coordinates, device: Device, store: Store | None, grid: Grid, *, timeout_s: float, loopback: bool
+    coordinates: Coordinates,
+    device: Device,
+    store: Store | None,
+    grid: Grid,
+    *,
+    timeout_s: float,
+    loopback: bool,
+    group_sizes: Sequence[int] | None = None,
 ) -> Iterator[World]:
     """``join`` through a store that is connected already; None for a run of one rank."""
     assert grid.ranks == coordinates.ranks, (grid, coordinates)
@@ -95,21 +119,28 @@ def enter(
             world_size=coordinates.ranks,
             timeout=timedelta(seconds=timeout_s),
         )
+    connect = partial(
+        link.connect,
+        store,
+        coordinate=coordinates.rank,
+        backend=device.backend,
+        timeout_s=timeout_s,
+        loopback=loopback,
+    )
     try:
+        everyone = connect(index=coordinates.replica, size=coordinates.replicas)
+        sizes = tuple(group_sizes or (coordinates.replicas,))
+        groups = coordinates.groups(sizes)
         yield World(
             coordinates=coordinates,
             device=device,
             store=store,
             mesh=Mesh.make(grid, coordinates.rank, device.torch_device.type),
-            link=link.connect(
-                store,
-                index=coordinates.replica,
-                size=coordinates.replicas,
-                coordinate=coordinates.rank,
-                backend=device.backend,
-                timeout_s=timeout_s,
-                loopback=loopback,
-            ),
+            link=everyone,
+            group_sizes=sizes,
+            links=(everyone,)
+            if len(groups) == 1
+            else tuple(connect(index=group.index, size=group.size, name=group.name) for group in groups),
         )
     finally:
         if coordinates.ranks > 1:

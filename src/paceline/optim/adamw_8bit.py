@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paceline.comm.boxes import Shape
 from paceline.config import Fraction, Natural, NonNegative, Positive
 from paceline.optim.base import GroupedConfig, Sees, Shapes, StateKind, parameter_groups
 from paceline.optim.with_adamw import WithAdamW
-from paceline.parallel.boxes import Shape
 from paceline.parallel.full import FullTensors
 
 BLOCK = 256

@@ -58,6 +58,8 @@ class OptimizerConfig(Options):
     """The only learning-rate schedule that goes with it; None for any."""
     averages: ClassVar[bool] = False
     """Whether what is good is an average of the parameters (``Averaging``)."""
+    remakes: ClassVar[bool] = False
+    """Whether a step makes the weights anew from its state, so that weights set from outside are forgotten."""
     differentiates_twice: ClassVar[bool] = False
     """Whether it takes the derivative of a gradient, which not all code can."""
 

@@ -34,6 +34,7 @@ class FTRL(GroupedConfig):
     """lambda 2, for matrices: added to 1/eta."""
 
     sees: ClassVar[Sees] = "values"
+    remakes: ClassVar[bool] = True
     source: ClassVar[str] = "McMahan et al. 2013, KDD"
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:

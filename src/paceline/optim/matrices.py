@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paceline.comm.boxes import Shape
 from paceline.optim.base import GroupedConfig
 from paceline.optim.with_adamw import WithAdamW
-from paceline.parallel.boxes import Shape
 from paceline.parallel.full import FullTensors
 
 Directions = dict[str, Tensor]

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from paceline.comm.boxes import Shape
 from paceline.config import Count, Fraction, NonNegative, Positive
 from paceline.optim.base import GroupedConfig, Sees, Shapes, parameter_groups
 from paceline.optim.matrices import Directions, MatrixOptimizer, as_stack, is_block_matrix
-from paceline.parallel.boxes import Shape
 from paceline.parallel.full import FullTensors
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -17,10 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from paceline.comm.boxes import Shape
 from paceline.config import Count, Fraction, NonNegative, Positive
 from paceline.optim.base import GroupedConfig, Sees, Shapes, StateKind, parameter_groups
 from paceline.optim.matrices import Directions, MatrixOptimizer, as_stack, is_matrix
-from paceline.parallel.boxes import Shape
 from paceline.parallel.full import FullTensors
 
 

@@ -47,7 +47,7 @@ def check_batch_statistics(model: nn.Module, sample: Batch, config: Config, batc
 
 def _shared(config: Config, batch: BatchPlan) -> Iterator[str]:
     """Why a step is not one forward pass of one process, if it is not."""
-    if config.replicas > 1:
+    if config.all_replicas > 1:
         yield f"replicas={config.replicas}"
     for axis in ("shard", "context", "tensor", "pipeline"):
         if (size := getattr(config.layout, axis)) > 1:

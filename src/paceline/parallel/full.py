@@ -19,8 +19,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from paceline.comm.boxes import Block, Part, Shape, whole
 from paceline.comm.mesh import Axis, Mesh
-from paceline.parallel.boxes import Block, Part, Shape, part_of, whole
+from paceline.parallel.boxes import part_of
 from paceline.parallel.held import Held
 
 Blocks = tuple[Block, ...]

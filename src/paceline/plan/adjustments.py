@@ -42,6 +42,11 @@ def check_adjustments(config: Config) -> None:
                 f"{asked}: {name} computes its average from weights that only it may move. Use regularisation.l2, or "
                 "another optimizer"
             )
+        if key == "momentum" and not config.keeps_equal:
+            raise PlanError(
+                f"{config.learning_alone}: regularisation.momentum would take what replicas agree on for an update, "
+                "and pull back from it. Use sync=all_reduce, or leave it out"
+            )
         if config.perturb is not None and key == "momentum":
             raise PlanError(
                 f"{asked}: it would take perturb for an update, and pull back from it. Leave one of them out"

@@ -1,6 +1,7 @@
 """The arithmetic of a layout: how many ranks a replica has, and where each stands."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -77,6 +78,20 @@ class Grid:
             tensor=layout.tensor,
             expert=layout.expert,
         )
+
+
+def data_rank(replica: int, group_sizes: Sequence[int], shard: int) -> int:
+    """The place of a ``shard`` rank of a replica among the ranks that learn from different rows.
+
+    Rows are dealt out to these places one by one. The outermost level of ``group_sizes`` (innermost first) counts
+    fastest, and ``shard`` slowest: so a group of replicas learns from the rows that one in its place would have, and
+    how a replica is cut does not change its rows.
+    """
+    place = 0
+    for size in group_sizes:
+        replica, index = divmod(replica, size)
+        place = place * size + index
+    return shard * math.prod(group_sizes) + place
 
 
 def nearest_divisor(wanted: int, *numbers: int) -> int:

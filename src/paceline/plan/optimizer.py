@@ -33,6 +33,10 @@ def check_optimizer(config: Config) -> None:
         )
     if optimizer.averages and config.perturb is not None:
         raise PlanError(f"perturb: {name} computes its average from weights that only it may move. Leave perturb out")
+    if optimizer.remakes and config.perturb is not None:
+        raise PlanError(f"perturb: {name} makes the weights anew from its own sums. Leave perturb out")
+    if not config.keeps_equal and (optimizer.remakes or optimizer.sees == "loss"):
+        raise PlanError(f"{config.learning_alone}: {name} {_why_not_alone(optimizer)}. Use sync=all_reduce")
     if optimizer.sees != "loss":
         return
     for axis in CUTS:
@@ -56,6 +60,12 @@ def check_optimizer(config: Config) -> None:
             f"layout.recompute={config.layout.recompute}: {name} differentiates twice, for which all activations are "
             "needed at once. Use recompute=none"
         )
+
+
+def _why_not_alone(optimizer: Any) -> str:
+    if optimizer.remakes:
+        return "makes the weights anew from sums of its own, which replicas do not exchange, and forgets their mean"
+    return "compares losses of the same batch, of which each replica that learns alone would see another one"
 
 
 def needs_fp32(name: str) -> str:

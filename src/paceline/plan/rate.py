@@ -21,6 +21,16 @@ def check_rate(config: Config) -> None:
         raise PlanError(f"perturb.at={max(at)} is not before the last of {config.train.steps} steps (train.steps)")
     if average.start >= config.train.steps:
         raise PlanError(f"average.start={average.start} leaves none of {config.train.steps} steps (train.steps)")
+    if schedule.measures == "change" and not config.keeps_equal:
+        raise PlanError(
+            f"{config.learning_alone}: schedule={strategy_name(schedule)} follows how far a replica's weights move, "
+            "and replicas that learn alone would take different rates. Use sync=all_reduce, or another schedule"
+        )
+    if config.perturb is not None and not config.keeps_equal:
+        raise PlanError(
+            f"{config.learning_alone}: perturb is not built for replicas that learn alone: what they remember of the "
+            "last exchange would take it for something learned. Use sync=all_reduce, or leave perturb out"
+        )
     if schedule.measures == "held_out" and not (config.evaluate.every and config.data.held_out):
         raise PlanError(
             f"schedule={strategy_name(schedule)} follows the held-out loss, but evaluate.every={config.evaluate.every} "

@@ -26,7 +26,7 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
             f"train.compile=true with layout.{cut[0]}={getattr(layout, cut[0])} is not built: blocks that exchange "
             "tensors are not compiled yet. Use train.compile=false, or shard and replicas"
         )
-    check_offload(layout, config.replicas)
+    check_offload(layout, config.all_replicas)
     check_optimizer(config)
     check_adjustments(config)
     if layout.tensor_patterns and layout.tensor == 1:
@@ -64,7 +64,7 @@ def plan_batches(config: Config) -> Batches:
 
 
 def _plan(config: Config, batch: BatchConfig) -> BatchPlan:
-    data_parallel = config.replicas * Grid.of(config.layout).shard
+    data_parallel = config.all_replicas * Grid.of(config.layout).shard
     plan = plan_batch(_with_micro(batch, config, data_parallel), data_parallel)
     check_schedule(config.layout, plan, compiled=config.train.compile)
     return plan

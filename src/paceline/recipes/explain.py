@@ -13,7 +13,7 @@ from paceline.objectives.base import holds_all_logits
 from paceline.objectives.head_cross_entropy import rows_at_a_time
 from paceline.optim.base import check_groups
 from paceline.plan.batch import Batches, BatchPlan
-from paceline.plan.layout import Grid
+from paceline.plan.layout import Grid, data_rank
 from paceline.plan.memory import RankMemory, rank_memory
 from paceline.plan.model import ModelSizes
 from paceline.plan.precision import Precision, resolve_precision
@@ -39,7 +39,8 @@ class Plan:
     memory: RankMemory
     precision: Precision
     grid: Grid
-    wire_bytes: float
+    wire_bytes: tuple[float, ...]
+    """Payload that each rank sends in a step on average, at each level of the sync."""
     logit_rows: int | None
     """How many rows of logits are there at once; None for all, or for a family with which this could not be tried."""
 
@@ -64,10 +65,10 @@ class Plan:
             "precision": self.precision.name,
             "ranks": [
                 {"rank": rank, "replica": rank // self.grid.ranks, "does": self._duty(rank)}
-                for rank in range(self.config.replicas * self.grid.ranks)
+                for rank in range(self.config.all_replicas * self.grid.ranks)
             ],
             "bytes_per_rank": memory,
-            "wire_bytes_per_step": self.wire_bytes,
+            "wire_bytes_per_step": sum(self.wire_bytes),
             "logit_rows": self.logit_rows,
             "tokens_in_all": self.tokens,
         }
@@ -91,15 +92,14 @@ class Plan:
             *self._line("average", average_words(c)),
             *self._line("perturb", perturb_words(c)),
             *self._line("policies", policy_words(c)),
-            f"sync       {strategy_name(c.sync)} over {c.replicas} replica(s), "
-            f"{_bytes(self.wire_bytes)} sent by each rank a step",
+            *self._syncs(),
             "",
             "bytes per rank",
             *(f"  {name:<34} {_bytes(size):>10}" for name, size in self._memory_rows()),
             f"  {'total, with the estimates':<34} {_bytes(m.total_estimate):>10}",
             "",
             "ranks",
-            *(f"  rank {rank}  {self._duty(rank)}" for rank in range(c.replicas * self.grid.ranks)),
+            *(f"  rank {rank}  {self._duty(rank)}" for rank in range(c.all_replicas * self.grid.ranks)),
             "",
             f"this machine: {processor_name()}, {cores()} core(s)",
         ]
@@ -114,6 +114,16 @@ class Plan:
 
     def _line(self, name: str, words: str | None) -> list[str]:
         return [] if words is None else [f"{name:<11}{words}"]
+
+    def _syncs(self) -> list[str]:
+        """A line for each level, innermost first."""
+        levels = zip(self.config.syncs, self.config.group_sizes, self.wire_bytes, strict=True)
+        things = ["replica(s)", *["group(s)"] * (len(self.wire_bytes) - 1)]
+        return [
+            f"sync       {strategy_name(sync)} over {size} {thing}, {_bytes(sent)} sent by each rank a step"
+            + ("" if sync.keeps_equal else ", on average")  # type: ignore[attr-defined]
+            for (sync, size, sent), thing in zip(levels, things, strict=True)
+        ]
 
     def _logits(self) -> str:
         if self.logit_rows is None:
@@ -136,10 +146,12 @@ class Plan:
     def _duty(self, rank: int) -> str:
         batch, (replica, inside) = self.batch, divmod(rank, self.grid.ranks)
         place = self.grid.place(inside)
-        share = len(range(replica * self.grid.shard + place.shard, batch.sequences, batch.data_parallel))
+        first = data_rank(replica, self.config.group_sizes, place.shard)
+        share = len(range(first, batch.sequences, batch.data_parallel))
         cuts = [f"{axis} {at + 1} of {size}" for axis, at, size in self.grid.cuts(inside)]
         part = ", ".join(cuts) or "the whole model"
-        writes = "; writes metrics, checkpoints and the export" if rank == 0 else ""
+        own = "" if self.config.keeps_equal else "; writes its replica's part of a checkpoint"
+        writes = "; writes metrics, checkpoints and the export" if rank == 0 else own
         return f"replica {replica}, {part}, {share} of {batch.sequences} sequences{writes}"
 
 
@@ -159,8 +171,9 @@ def explain(config: Config) -> Plan:
     shapes = {info.name: info.shape for info in describe(model) if info.trainable}
     sizes = model_sizes(model, source.vocabulary or 0)
     precision = resolve_precision(config, units(torch.device("cpu")))
-    sync: Any = config.sync
+    syncs: Any = config.syncs
     value_bytes = {"fp32": 4, "bf16": 2}[config.reduction]
+    sync_bytes = sum(sync.state_bytes(shapes, value_bytes) for sync in syncs) // grid.ranks
     logit_rows = _logit_rows(config, -(-sizes.vocabulary // grid.tensor))
     optimizer: Any = config.optimizer
     check_groups(optimizer, list(shapes))
@@ -179,12 +192,15 @@ def explain(config: Config) -> Plan:
             precision=precision,
             recompute=config.layout.recompute,
             optimizer_bytes=optimizer.state_bytes(shapes),
-            sync_bytes=sync.state_bytes(shapes, value_bytes) // grid.ranks if config.replicas > 1 else 0,
+            sync_bytes=sync_bytes if config.all_replicas > 1 else 0,
             logit_rows=logit_rows,
             copy_bytes=4 * average.keeps
             + precision.stored_bytes * ((schedule.measures == "change") + (config.regularisation.momentum > 0)),
         ),
-        wire_bytes=sync.wire_bytes(shapes, config.replicas, value_bytes) / grid.ranks,
+        wire_bytes=tuple(
+            sync.wire_bytes(shapes, size, config.train.steps, value_bytes) / config.train.steps / grid.ranks
+            for sync, size in zip(syncs, config.group_sizes, strict=True)
+        ),
         logit_rows=logit_rows,
     )
 

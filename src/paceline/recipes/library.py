@@ -93,16 +93,16 @@ class Trainer:
         config, coordinates, rendezvous = self.config, ALONE, None
         grid = Grid.of(config.layout)
         if torchrun.started_by_torchrun():
-            coordinates = torchrun.coordinates(config.replicas, grid.ranks)
+            coordinates = torchrun.coordinates(config.all_replicas, grid.ranks)
             rendezvous = self._stack.enter_context(torchrun.rendezvous(coordinates))
-        elif (world_size := config.replicas * grid.ranks) > 1:
+        elif (world_size := config.all_replicas * grid.ranks) > 1:
             raise PlanError(
-                f"replicas={config.replicas} x {grid.ranks} rank(s), but a Trainer is one process: start the script "
-                f"with `torchrun --nproc-per-node {world_size}`, or call paceline.run, which starts the ranks"
+                f"replicas={config.all_replicas} x {grid.ranks} rank(s), but a Trainer is one process: start the "
+                f"script with `torchrun --nproc-per-node {world_size}`, or call paceline.run, which starts the ranks"
             )
         if coordinates.is_leader:
             self._stack.enter_context(run_folder.claim(config.train.output))
-        world = self._stack.enter_context(join(coordinates, claim(coordinates), rendezvous, grid))
+        world = self._stack.enter_context(join(coordinates, claim(coordinates), rendezvous, grid, config.group_sizes))
         module = model() if callable(model) and not isinstance(model, nn.Module) else model
         parts = assemble(config, world, module=module, objective=objective, say=say)
         loop = self._stack.enter_context(Loop(parts, hooks=hooks))

@@ -150,6 +150,11 @@ def lr_range(
             f"optimizer={strategy_name(config.optimizer)} averages weights by their rate, which a range test changes "
             "from step to step. Try rates with optimizer=adamw"
         )
+    if not config.keeps_equal:
+        raise PlanError(
+            f"{config.learning_alone}: replicas that learn alone have losses of their own, by which they would end "
+            "the test at different rates. Use sync=all_reduce"
+        )
     points: list[Point] = []
     with tempfile.TemporaryDirectory(prefix="paceline-lr-range-") as folder:
         run = _prepared(config, folder, low=low, high=high, steps=steps)
@@ -214,7 +219,7 @@ class _RangeMain:
         device = claim_device(coordinates)
         smoother, lowest = Smoother(self.steps // 20), math.inf
         with (
-            join(coordinates, device, rendezvous, Grid.of(self.config.layout)) as world,
+            join(coordinates, device, rendezvous, Grid.of(self.config.layout), self.config.group_sizes) as world,
             Loop(assemble(self.config, world, say=lambda _: None), stop_request=stop_request) as loop,
             suppress(NonFiniteError),  # on all ranks alike: the test is over
         ):

@@ -122,9 +122,9 @@ def _show(shown: Tracker, kind: str, record: Mapping[str, Any]) -> Tracker | Non
 
 def places(config: Config, ranks: int) -> list[Coordinates]:
     """Who the ranks of a run on this machine are."""
-    world = config.replicas * ranks
+    world = config.all_replicas * ranks
     return [
-        Coordinates.of(rank, replicas=config.replicas, ranks=ranks, local_rank=rank, local_ranks=world)
+        Coordinates.of(rank, replicas=config.all_replicas, ranks=ranks, local_rank=rank, local_ranks=world)
         for rank in range(world)
     ]
 
@@ -138,7 +138,7 @@ def _processes(local: LocalRun) -> list[dict[str, Any]]:
 
 
 def _train_as_rank(config: Config, ranks: int, say: Say) -> Result | None:
-    coordinates = torchrun.coordinates(config.replicas, ranks)
+    coordinates = torchrun.coordinates(config.all_replicas, ranks)
     claim = run_folder.claim(config.train.output) if coordinates.is_leader else nullcontext()
     with claim, torchrun.rendezvous(coordinates) as rendezvous:
         result = run_rank(config, coordinates, rendezvous, say=say if coordinates.is_leader else lambda _: None)
@@ -189,7 +189,7 @@ def run_rank(
     stop_request.listen(signal.SIGTERM, *([signal.SIGINT] if line is None else []))
     device = claim_device(coordinates)
     with (
-        join(coordinates, device, rendezvous, Grid.of(config.layout)) as world,
+        join(coordinates, device, rendezvous, Grid.of(config.layout), config.group_sizes) as world,
         Loop(assemble(config, world, say=say), stop_request=stop_request) as loop,
     ):
         processes = _all_processes(world) if line is None else None

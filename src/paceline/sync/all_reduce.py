@@ -6,16 +6,17 @@ gradients is the gradient of the whole batch.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
-from paceline.comm.link import Link, Pending, all_reduce_bytes
+from paceline.comm.link import Link, Pending
 from paceline.comm.replica import Finish, Replica, Shard
 from paceline.config import Options, Positive
-from paceline.sync.base import Shapes, SyncState, check_equal_start
-
-_COUNT_BYTES = 8
+from paceline.plan.wire import all_reduce_bytes
+from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState, check_equal_start
+from paceline.sync.buckets import bucketed, elements
 
 
 class AllReduce(Options):
@@ -24,40 +25,25 @@ class AllReduce(Options):
     bucket_mib: Positive = 4.0
     """Gradients are sent in buckets of about this size: small ones start early, large ones waste less."""
 
-    def wire_bytes(self, shapes: Shapes, replicas: int, value_bytes: int = 4) -> float:
-        """Payload bytes one rank sends in one step: gradients, a presence mark each, and the counts."""
+    keeps_equal: ClassVar[bool] = True
+
+    def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
+        """In every step gradients, a mark for each, and four numbers: targets before, three sums after."""
         numels = [math.prod(shape) for shape in shapes.values()]
-        buckets = bucketed(numels, self._bucket_numel)
-        sent = sum(all_reduce_bytes(value_bytes * sum(numels[i] + 1 for i in bucket), replicas) for bucket in buckets)
-        return sent + all_reduce_bytes(_COUNT_BYTES, replicas)
+        buckets = bucketed(numels, elements(self.bucket_mib))
+        gradients = sum(
+            all_reduce_bytes(value_bytes * sum(numels[i] + 1 for i in bucket), members) for bucket in buckets
+        )
+        counts = all_reduce_bytes(COUNT_BYTES, members) + all_reduce_bytes(3 * COUNT_BYTES, members)
+        return steps * (gradients + counts)
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The buckets: one copy of the gradients, in what they are summed in."""
         return sum(value_bytes * (math.prod(shape) + 1) for shape in shapes.values())
 
-    def build(self, link: Link) -> "AllReduceSync":
-        """The strategy at work over a link."""
-        return AllReduceSync(link, self._bucket_numel)
-
-    @property
-    def _bucket_numel(self) -> int:
-        return max(1, int(self.bucket_mib * 2**20 / 4))
-
-
-def bucketed(numels: Sequence[int], most: int) -> list[list[int]]:
-    """Indices of tensors grouped into buckets of about ``most`` elements, last tensor first.
-
-    Every tensor stands in exactly one bucket; one larger than ``most`` has a bucket of its own.
-    """
-    buckets: list[list[int]] = []
-    room = 0
-    for index in reversed(range(len(numels))):
-        if numels[index] > room or not buckets:
-            buckets.append([])
-            room = most
-        buckets[-1].append(index)
-        room -= numels[index]
-    return buckets
+    def build(self, context: SyncContext) -> "AllReduceSync":
+        """The strategy at work."""
+        return AllReduceSync(context.link, elements(self.bucket_mib))
 
 
 class _Bucket:
@@ -124,21 +110,33 @@ class AllReduceSync:
         self.link.all_reduce(total).wait()
         return int(total.item())
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all replicas."""
-        total = values.to(self._device)
+    def total(self, values: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
+        """Sum over all replicas; all stop if one was asked to."""
+        total = torch.cat([values, values.new_tensor([float(stop)])]).to(self._device)
         self.link.all_reduce(total).wait()
-        return total
+        return total[:-1], bool(total[-1] > 0)
 
-    def update(self, replica: Replica) -> Finish:
-        """Put the sums in place and step; all replicas decide alike."""
+    def reduce(self, replica: Replica) -> None:
+        """Put the sums of all replicas in the place of their gradients."""
         for bucket in self._buckets:
             assert bucket.pending is not None
             bucket.pending.wait()
             bucket.empty()
-        # The summed gradients are bit-identical in all replicas, and what is not finite in one is so in the sum: so all
-        # decide alike on them.
+
+    def update(self, replica: Replica) -> Finish:
+        """Step, or do not, as all others: summed gradients are the same bits in all replicas.
+
+        What is not finite in one is so in the sum, and the loss scale, which follows from that, is the same in all.
+        """
         return replica.finish(vote=lambda wish: wish)
+
+    def is_agreed(self, step: int) -> bool:
+        """Always."""
+        return True
+
+    def agreed(self, replica: Replica) -> Mapping[str, torch.Tensor]:
+        """Their own."""
+        return {shard.name: shard.local for shard in replica.shards}
 
     def state(self) -> Mapping[str, SyncState]:
         """Nothing outlives a step."""

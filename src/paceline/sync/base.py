@@ -7,7 +7,7 @@ counterparts in the other replicas, never the layout that cut them: so every str
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
@@ -18,22 +18,45 @@ from paceline.errors import TrainError
 Shapes = Mapping[str, Sequence[int]]
 """Local shapes of the trainable parameters by name."""
 
+COUNT_BYTES = 8
+"""Of a number in what replicas tell each other beside tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncContext:
+    """What a strategy is built with on one rank."""
+
+    link: Link
+    """To the counterparts of this rank: in all other replicas or, in a hierarchy, at this strategy's level."""
+    steps: int
+    """Of the whole run."""
+    seed: int = 0
+
 
 class SyncConfig(Protocol):
     """The frozen config class of a strategy: what the plan asks before anything runs."""
 
-    def wire_bytes(self, shapes: Shapes, replicas: int, value_bytes: int = 4) -> float:
-        """Payload bytes one rank sends in one step, on average; ``value_bytes`` are those of a gradient in a sum."""
+    keeps_equal: ClassVar[bool]
+    """Whether replicas hold the same training state after every step; else each saves its own."""
+
+    def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
+        """Payload bytes one rank sends in a run of ``steps`` steps; ``value_bytes`` are those of a gradient in a sum.
+
+        What replicas compare once at the start, and evaluations, are not in it.
+        """
+        ...
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
-        """Bytes of state the strategy keeps on one rank."""
+        """Bytes the strategy needs on one rank at most: what it remembers, and what it sends from."""
+        ...
 
-    def build(self, link: Link) -> "Sync":
-        """The strategy at work over a link."""
+    def build(self, context: SyncContext) -> "Sync":
+        """The strategy at work."""
+        ...
 
 
 class Sync(Protocol):
-    """A strategy at work on one rank."""
+    """A strategy at work on one rank. In a step its methods are called in the order in which they stand here."""
 
     def start(self, replica: Replica) -> None:
         """Before the first step: make sure that all replicas start from the same weights."""
@@ -42,31 +65,53 @@ class Sync(Protocol):
         """Before the backward pass: the number of targets in the group this strategy names, which divides the loss.
 
         ``count`` is this replica's own number of targets. An optimizer may want other gradients of the batch besides:
-        then ``begin`` and ``update`` are called for each of them too, with a replica that keeps them and takes no step.
+        ``begin`` and ``reduce`` are called for each of them too, and ``update`` once, for the step.
         """
+        ...
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of a small fp64 vector over all replicas that are reported, and stop, together."""
+    def total(self, values: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
+        """A small fp64 vector summed over the replicas that are reported together, and whether all stop after the step.
+
+        ``stop``: this replica was asked to. All give the same answer, which may have to wait until they next talk.
+        """
+        ...
+
+    def reduce(self, replica: Replica) -> None:
+        """After the backward pass: replace the gradients by those the step is taken with, if replicas share them."""
 
     def update(self, replica: Replica) -> Finish:
-        """After the backward pass: exchange what is left, and finish the step.
+        """Finish the step, and exchange what is exchanged after it.
 
-        Replicas that share gradients or weights vote: all take the step, or none does. A step that is not taken leaves
-        what outlives it (residuals, momentum) as it was.
+        Replicas that share gradients vote: all take the step, or none does. A step that is not taken leaves what
+        outlives it (residuals, momentum) as it was.
         """
+        ...
+
+    def is_agreed(self, step: int) -> bool:
+        """Whether all replicas hold the same weights after ``step``."""
+        ...
+
+    def agreed(self, replica: Replica) -> Mapping[str, torch.Tensor]:
+        """Weights that stand for all replicas where they differ, by the names of the shards; all call it together."""
+        ...
 
     def state(self) -> Mapping[str, "SyncState"]:
-        """What the strategy must remember between steps, by name; a checkpoint keeps it and fills it in place."""
+        """What the strategy must remember between steps; a checkpoint keeps it and fills it in place.
+
+        By name: ``PARAMETER/what`` for what is like a parameter.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class SyncState:
-    """One tensor of a strategy's state, and what it is; the words are those of ``checkpoint.state``."""
+    """One tensor of a strategy's state."""
 
     tensor: torch.Tensor
-    kind: Literal["parameter", "replicated", "per_replica", "opaque"]
+    like: str | None = None
+    """The parameter as whose local part it is cut; None for what all ranks of the replica have alike."""
     rule: Literal["mean", "clone", "fresh"] | None = None
-    """Of ``per_replica`` state, what it becomes when the number of replicas changes."""
+    """What becomes of it when the number of replicas changes (``checkpoint.state``); None if they all have the same."""
 
 
 def check_equal_start(link: Link, replica: Replica) -> None:

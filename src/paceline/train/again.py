@@ -1,18 +1,17 @@
 """More than one pass over a step's batch: what optimizers may ask for besides the gradient of a step.
 
 Each is a pass of all ranks and replicas like the step's own: targets are counted, gradients are summed within the
-replica and exchanged by the sync. Only the end differs: what comes out is kept, and no step is taken.
+replica and exchanged by the sync. Only the end differs: what comes out is kept, and no step is taken. So of a sync that
+exchanges after steps, these passes make none.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from paceline.comm.replica import Finish, Vote
 from paceline.errors import NonFiniteError
 from paceline.objectives.base import Batch
 from paceline.objectives.drawn import Draw
@@ -54,9 +53,11 @@ class Again:
 
     def gradient(self) -> float:
         """The mean loss over the replicas that the sync takes together; its gradients are the parameters'."""
-        loss_sum, own_targets, _, _ = self._pass(self._batches, self.run(self._batches))
+        loss_sum, own_targets, _ = self._pass(self._batches, self.run(self._batches))
+        self._show()
         (own_loss,), _ = self._replica.total([loss_sum])
-        total, targets = self._sync.total(torch.tensor([own_loss, own_targets], dtype=torch.float64)).tolist()
+        sums, _ = self._sync.total(torch.tensor([own_loss, own_targets], dtype=torch.float64), False)
+        total, targets = sums.tolist()
         return float(total / max(1.0, targets))
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -67,6 +68,7 @@ class Again:
         along = dict(zip(names, vectors, strict=True))
         batches = [replace(batch, twice=True) for batch in self._batches]
         self._pass(batches, lambda scale: schedule.product(batches, along, step=self._step, scale=scale))
+        self._show()
         made = [shard.gradient for shard in self._replica.shards]
         return [torch.zeros_like(v) if hv is None else hv.clone() for v, hv in zip(vectors, made, strict=True)]
 
@@ -80,11 +82,12 @@ class Again:
             return
         draw = Draw(seed=self._replica.seed, step=step)
         batches = [replace(batch, draw=draw) for batch in self._batches]
-        _, _, group_targets, finish = self._pass(batches, self.run(batches))
-        if finish.stepped:
+        _, _, group_targets = self._pass(batches, self.run(batches))
+        norm = self._show()
+        if math.isfinite(norm):
             optimizer.estimate(group_targets)
         elif not self._replica.loss_scale.is_dynamic:
-            raise NonFiniteError(f"the gradient norm of drawn labels is {finish.gradient_norm} at step {step}")
+            raise NonFiniteError(f"the gradient norm of drawn labels is {norm} at step {step}")
         self._replica.clear_gradients()
 
     def run(self, batches: Sequence[Batch]) -> Run:
@@ -92,23 +95,13 @@ class Again:
         return lambda scale: self._schedule.run(batches, step=self._step, scale=scale, expect=self._replica.expect)
 
     @torch.enable_grad()
-    def _pass(self, batches: Sequence[Batch], run: Run) -> tuple[float, int, int, Finish]:
+    def _pass(self, batches: Sequence[Batch], run: Run) -> tuple[float, int, int]:
+        """This rank's summed loss, the replica's targets, and those of the group; gradients are left as they come."""
         self._replica.clear_gradients()
         sums = backward(self._replica, self._sync, batches, run, step=self._step)
-        finish = self._sync.update(_Taking(self._replica))
-        return (*sums, finish)
+        self._sync.reduce(self._replica)
+        return sums
 
-
-class _Taking:
-    """A replica that is left with the gradients a sync has made, and takes no step."""
-
-    def __init__(self, replica: ModuleReplica) -> None:
-        self._replica = replica
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._replica, name)
-
-    def finish(self, vote: Vote) -> Finish:
-        """See ``Replica``."""
-        norm = self._replica.lend_unscaled()
-        return Finish(stepped=vote(math.isfinite(norm)), gradient_norm=norm)
+    def _show(self) -> float:
+        """Lend the optimizer the gradients; returns their norm."""
+        return self._replica.lend_unscaled()

@@ -12,6 +12,7 @@ from torch import nn
 
 from paceline.checkpoint import Checkpointer, LocalExchange, StoreExchange
 from paceline.comm.device import cores, matmul_flops_per_s
+from paceline.comm.ranks import Coordinates, Group
 from paceline.comm.world import World
 from paceline.config import Config, strategy_name
 from paceline.data.loader import Loader, held_out_rows
@@ -37,11 +38,13 @@ from paceline.plan.model import ModelSizes
 from paceline.plan.precision import Precision, resolve_precision
 from paceline.plan.run import plan_batches, plan_run
 from paceline.sync.base import Sync
+from paceline.sync.hierarchy import build_sync
 from paceline.train.adjustments import adjustments
 from paceline.train.average import Average, check_statistics
 from paceline.train.build import Built, Goal, build
 from paceline.train.perturb import Perturb
 from paceline.train.rate import Rate
+from paceline.train.state import Variant
 
 Say = Callable[[str], None]
 
@@ -73,6 +76,7 @@ class Parts:
     average: Average
     perturb: Perturb
     sync: Sync
+    variant: Variant
     evaluator: HeldOut
     checkpointer: Checkpointer | None
     """Of the rank that writes; None on the others."""
@@ -166,6 +170,7 @@ def put_together(
 ) -> Parts:
     """Cut the model as the config's layout says, deal out the rows, and build what the loop needs besides."""
     device = world.device
+    variant, writes = which_variant(config, world.coordinates)
     _, batch = plan_run(config)
     batches = plan_batches(config)
     assert batch.data_parallel == world.data_ranks
@@ -226,9 +231,10 @@ def put_together(
         rate=Rate(config, batches, replica=built.replica, names=built.learned),
         average=Average(average, built.replica),
         perturb=perturb,
-        sync=config.sync.build(world.link),  # type: ignore[attr-defined]
+        sync=build_sync(config.syncs, world.links, steps=config.train.steps, seed=config.seed),  # type: ignore[arg-type]
+        variant=variant,
         evaluator=_evaluator(config, world, material, built, batch),
-        checkpointer=_checkpointer(config, world),
+        checkpointer=_checkpointer(config, world, variant) if writes else None,
         dropped_tokens=material.dropped_tokens,
         file_streams=material.order.streams if isinstance(material.order, FileOrder) else None,
         peak_flops_per_s=peak_flops_per_s,
@@ -376,17 +382,24 @@ def _samples(config: Config, world: World, prepared: Prepared, built: Built) -> 
     )
 
 
-def _checkpointer(config: Config, world: World) -> Checkpointer | None:
-    """Replicas are kept equal by the sync, so the ranks of the first write for all."""
-    coordinates = world.coordinates
-    if coordinates.replica != 0:
-        return None
+def which_variant(config: Config, coordinates: Coordinates) -> tuple[Variant, bool]:
+    """Which of how many different training states a replica holds, and whether it saves it for those with the same."""
+    levels: list[tuple[Any, Group]] = list(zip(config.syncs, coordinates.groups(config.group_sizes), strict=True))
+    index, count = 0, 1
+    for sync, group in levels:
+        if not sync.keeps_equal:
+            index, count = index + group.index * count, count * group.size
+    return (index, count), all(group.index == 0 for sync, group in levels if sync.keeps_equal)
+
+
+def _checkpointer(config: Config, world: World, variant: Variant) -> Checkpointer:
+    coordinates, (index, count) = world.coordinates, variant
     folder = Path(config.train.output) / "checkpoints"
-    alone = coordinates.ranks == 1 or world.store is None
+    alone = coordinates.ranks * count == 1 or world.store is None
     return Checkpointer(
         folder,
-        rank=coordinates.rank,
-        ranks=coordinates.ranks,
+        rank=index * coordinates.ranks + coordinates.rank,
+        ranks=count * coordinates.ranks,
         exchange=LocalExchange() if alone else StoreExchange(world.store, str(folder)),  # type: ignore[arg-type]
         layout={"replicas": coordinates.replicas},
         keep=config.checkpoint.keep,

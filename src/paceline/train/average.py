@@ -1,12 +1,12 @@
 """An average of the weights beside them: kept up to date, saved, and put in their place to be measured."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paceline.comm.link import Link
 from paceline.comm.replica import local_part
 from paceline.config import strategy_name
 from paceline.errors import PlanError
@@ -17,7 +17,8 @@ from paceline.train.replica import ModuleReplica
 class Average:
     """This rank's part of the average of all weights; of each parameter what the rank holds of it, and like it.
 
-    The update is element by element, so a part of the average is the average of a part, under every layout.
+    The update is element by element, so a part of the average is the average of a part, under every layout. A replica
+    that learns alone averages its own weights; what is measured and exported is the mean of the replicas' averages.
     """
 
     def __init__(self, options: WeightAverage | NoAverage, replica: ModuleReplica) -> None:
@@ -51,18 +52,10 @@ class Average:
             torch._foreach_lerp_(means, weights, self._options.weight(self.taken))
             self.taken += 1
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Measure the average, if that is asked for: inside, the parameters hold it; after it what they held before."""
-        if not self.is_measured:
-            yield
-            return
-        before = [weight.clone() for weight in self._weights()]
-        self._set([local_part(mean) for mean in self.tensors.values()])
-        try:
-            yield
-        finally:
-            self._set(before)
+    @property
+    def measured(self) -> Mapping[str, Tensor]:
+        """This rank's values of what is evaluated in place of the parameters, by name; empty if these are."""
+        return {name: local_part(mean) for name, mean in self.tensors.items()} if self.is_measured else {}
 
     def values(self) -> dict[str, Any]:
         """The scalars of a checkpoint."""
@@ -81,10 +74,13 @@ class Average:
     def _weights(self) -> list[Tensor]:
         return [shard.local for shard in self._replica.shards]
 
-    @torch.no_grad()
-    def _set(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(self._weights(), values)
-        self._replica.refresh()
+
+def over_replicas(link: Link, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over all replicas of tensors of the same names, each replica counting the same."""
+    means = {name: tensor / link.size for name, tensor in tensors.items()}
+    for pending in [link.all_reduce(mean) for mean in means.values()]:
+        pending.wait()
+    return means
 
 
 def _wide(parameter: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 fp16 has nothing between 0 and 2^-24, where many gradients are, and nothing above 65504. So the loss is multiplied
 before the backward pass, and what comes of it divided in fp32 after. If a gradient overflows on any rank, no rank takes
-the step, and the scale falls by half; after many steps without it doubles.
+the step, and the scale falls by half; after many steps without it doubles. That is among the replicas that share their
+gradients: one that learns alone decides alone, and has a scale of its own.
 
 A scale is a power of two, so that it rounds nothing: while nothing leaves the range, the steps do not depend on it.
 """
 
-from typing import Any
+import torch
+from torch import Tensor
 
 from paceline.config import LossScaleConfig
 
@@ -16,7 +18,10 @@ MOST = 2.0**24
 
 
 class LossScale:
-    """By what the loss is multiplied in the next step, the same on all ranks; ``options`` None: by 1, in all steps."""
+    """By what the loss is multiplied in the next step, the same on all ranks that share gradients.
+
+    ``options`` None: by 1, in all steps.
+    """
 
     def __init__(self, options: LossScaleConfig | None = None) -> None:
         self._options = options
@@ -48,11 +53,11 @@ class LossScale:
             self.value, self.good_steps = min(2 * self.value, max(MOST, self.value)), 0
         return not stepped
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"value": self.value, "good_steps": self.good_steps, "skipped_steps": self.skipped_steps}
+    def state(self) -> Tensor:
+        """What a checkpoint keeps: the value, the good steps and the skipped ones, fp64."""
+        return torch.tensor([self.value, self.good_steps, self.skipped_steps], dtype=torch.float64)
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Tensor) -> None:
         """Go on from what ``state`` gave."""
-        self.value, self.good_steps = float(state["value"]), int(state["good_steps"])
-        self.skipped_steps = int(state["skipped_steps"])
+        self.value, good_steps, skipped_steps = state.flatten().tolist()
+        self.good_steps, self.skipped_steps = int(good_steps), int(skipped_steps)

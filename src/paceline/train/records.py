@@ -71,7 +71,7 @@ def run_info(parts: Parts, start_step: int) -> RunInfo:
         replicas=coordinates.replicas,
         ranks=coordinates.ranks,
         precision=parts.precision.name,
-        sync=strategy_name(config.sync),
+        sync=" under ".join(strategy_name(sync) for sync in config.syncs),
         checkpoint_every=config.checkpoint.every,
         machine=f"{parts.world.device.name}, {parts.world.device.threads} thread(s) a rank",
         mfu_formula=f"MFU = ({FLOPS_FORMULA}) x tokens/s / {parts.peak_flops_per_s / 1e9:,.0f} GFLOP/s, the "

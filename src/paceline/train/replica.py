@@ -62,7 +62,6 @@ class ModuleReplica:
         rounding_seed: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.shards = [Shard(name, parameter) for name, parameter in states.parameters.items()]
         self.frozen = states.frozen
         self.mesh = mesh
         self.held = held or {}
@@ -70,10 +69,11 @@ class ModuleReplica:
         self.loss_scale = loss_scale or LossScale()
         self.elsewhere = elsewhere
         self.seed = seed
+        self._device = device or next((p.device for p in states.parameters.values()), torch.device("cpu"))
+        self.full = FullTensors.of(states.frozen | states.parameters, self.held, mesh, device=self._device)
+        self.shards = [Shard(name, p, self.full.part(name)) for name, p in states.parameters.items()]
         self.local = {shard.name: _plain(shard) for shard in self.shards}
         """What the optimizer sees: of a parameter that ranks share, this rank's values."""
-        self._device = device or next((local.device for local in self.local.values()), torch.device("cpu"))
-        self.full = FullTensors.of(states.frozen | states.parameters, self.held, mesh, device=self._device)
         self._rounded: Rounded | None = None
         if rounding_seed is not None:
             self._rounded = Rounded(optimizer, self.local, self.full, rounding_seed)
@@ -81,6 +81,8 @@ class ModuleReplica:
         self.state_kinds = optimizer.state_kinds
         self._reports = reports and mesh.tensor.index == 0
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.rate = self._peak_rate = optimizer.lr
+        """The optimizer's rate in this step; groups of parameters may have others, in proportion to it."""
         self._states = states
         self._adjustments = adjustments
         self._update = Update(self.shards, mesh, self.held, self._device)
@@ -134,6 +136,7 @@ class ModuleReplica:
 
     def set_rate_factor(self, factor: float) -> None:
         """Set each group's rate to its peak times ``factor``."""
+        self.rate = self._peak_rate * factor
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor
 
@@ -175,6 +178,14 @@ class ModuleReplica:
         """What adjustments keep between steps, by the names of parameters."""
         return {name: kept for adjustment in self._adjustments for name, kept in adjustment.state().items()}
 
+    @torch.no_grad()
+    def hold(self, weights: Mapping[str, Tensor]) -> None:
+        """Set parameters, by the names of the shards; those not named stay."""
+        if weights:
+            for name, value in weights.items():
+                self._by_name[name].local.copy_(value)
+            self._states.refresh()
+
     def refresh(self) -> None:
         """Bring the computing copy up to date after the parameters were set from outside."""
         self._states.refresh()
@@ -190,24 +201,6 @@ class ModuleReplica:
         if not isinstance(self.optimizer, Averaging):
             return {}
         return {name: self.optimizer.averaged(parameter) for name, parameter in self.local.items()}
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """While it lasts the model computes with the optimizer's averages, if it has any."""
-        averages = self.averages()
-        before = {name: self.local[name].detach().clone() for name in averages}
-        self._set(averages)
-        try:
-            yield
-        finally:
-            self._set(before)
-
-    @torch.no_grad()
-    def _set(self, values: Mapping[str, Tensor]) -> None:
-        if values:
-            for name, value in values.items():
-                self._by_name[name].local.copy_(value)
-            self._states.refresh()
 
     def lend_unscaled(self) -> float:
         """Unscale the gradients and show them to the optimizer as they are; their norm, as ``Update`` measures it."""
@@ -248,9 +241,20 @@ class ModuleReplica:
             self._listener(self._by_name[name])
 
 
+@contextmanager
+def holding(replica: ModuleReplica, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """While it lasts the model computes with other weights, by the names of shards; those not named stay."""
+    own = {shard.name: shard.local.clone() for shard in replica.shards if shard.name in weights}
+    try:
+        replica.hold(weights)
+        yield
+    finally:
+        replica.hold(own)
+
+
 def _plain(shard: Shard) -> nn.Parameter:
     """The parameter itself, or this rank's values of a DTensor: in the same memory."""
-    if not shard.is_part:
+    if shard.is_plain:
         return shard.parameter
     plain = nn.Parameter(shard.local)
     plain.grad_dtype = shard.parameter.grad_dtype

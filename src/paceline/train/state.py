@@ -1,49 +1,92 @@
 """What a run must remember to go on as if it had never stopped, by parameter name."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from paceline.checkpoint import Checkpoint, Kind, Rule, TensorState, tensor_state
+from paceline.checkpoint import Checkpoint, Kind, Rule, TensorState, per_replica, tensor_state
+from paceline.comm.boxes import Part
 from paceline.comm.replica import local_part
 from paceline.optim.base import StateKind
-from paceline.parallel.boxes import Part
-from paceline.sync.base import Sync
+from paceline.sync.base import Sync, SyncState
 from paceline.train.replica import ModuleReplica
 
-Place = tuple[int, int]
+LOSS_SCALE = "loss_scale"
+
+Variant = tuple[int, int]
+"""(index, count): which of how many different copies of the training state a replica holds. Syncs that keep replicas
+equal have one; one replica of each variant saves it."""
 
 
 def tensors(
-    model: nn.Module, replica: ModuleReplica, sync: Sync, place: Place, *, average: Mapping[str, Tensor]
+    model: nn.Module, replica: ModuleReplica, sync: Sync, variant: Variant, *, average: Mapping[str, Tensor]
 ) -> dict[str, TensorState]:
-    """Masters, frozen parameters, buffers that are state, the optimizer's tensors, the sync's and the ``average`` of
-    the parameters, by name; a restore fills them.
+    """Masters, frozen parameters, buffers that are state, the optimizer's tensors, the loss scale, the sync's tensors
+    and the ``average`` of the parameters, by name; a restore fills them.
 
-    ``place`` is (replica, replicas). Where the optimizer averages weights, the model's are the averages, and the
-    parameters themselves are the optimizer's ``iterate``.
+    Where replicas differ, each has its own of what is learned and of what changes with it. Where the optimizer averages
+    weights, the model's are the averages, and the parameters themselves are the optimizer's ``iterate``.
     """
     averages = replica.averages()
-    kept = {name: local_part(parameter) for name, parameter in replica.frozen.items()} | replica.local | averages
-    state = {f"model/{name}": _like(tensor, name, replica) for name, tensor in kept.items()}
+    own = {f"model/{name}": _like(tensor, name, replica) for name, tensor in (replica.local | averages).items()}
     for name, buffer in _persistent_buffers(model):
-        state[f"model/{name}"] = tensor_state(buffer, Kind.REPLICATED, holder=_stage_holder(replica))
+        own[f"model/{name}"] = tensor_state(buffer, Kind.REPLICATED, holder=_stage_holder(replica))
     for name, parameter in replica.local.items():
         if name in averages:
-            state[f"optimizer/{name}/iterate"] = _like(parameter, name, replica)
+            own[f"optimizer/{name}/iterate"] = _like(parameter, name, replica)
         for key, value in replica.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                state[f"optimizer/{name}/{key}"] = _of_optimizer(value, name, key, replica)
+                own[f"optimizer/{name}/{key}"] = _of_optimizer(value, name, key, replica)
     for name, mean in average.items():
-        state[f"average/{name}"] = placed(mean, name, replica)
+        own[f"average/{name}"] = placed(mean, name, replica)
     for name, kept_local in replica.adjusted().items():
-        state[f"adjustment/{name}"] = placed(kept_local, name, replica)
-    for name, own in sync.state().items():
-        kind, rule = Kind(own.kind), Rule(own.rule) if own.rule else None
-        where = place if kind in {Kind.PER_REPLICA, Kind.OPAQUE} else None
-        state[f"sync/{name}"] = tensor_state(own.tensor, kind, rule=rule, place=where)
-    return state
+        own[f"adjustment/{name}"] = placed(kept_local, name, replica)
+    if replica.loss_scale.is_dynamic:
+        own[LOSS_SCALE] = _of_all_ranks(replica.loss_scale.state(), replica)
+    if variant[1] > 1:
+        dealt = _dealt_out(own, replica)
+        own = {slot: _of_replica(state, variant, slot in dealt) for slot, state in own.items()}
+    frozen = {f"model/{name}": _like(local_part(p), name, replica) for name, p in replica.frozen.items()}
+    kept = {f"sync/{key}": _kept(state, replica, variant) for key, state in sync.state().items()}
+    return own | {slot: _shared(state, variant) for slot, state in frozen.items()} | kept
+
+
+def _dealt_out(own: Mapping[str, TensorState], replica: ModuleReplica) -> set[str]:
+    """Of what each replica has, that of which a mean would mean nothing: codes, with their scales; what stands in the
+    basis of one replica's matrices; the loss scale."""
+    slots = {slot for slot in own if slot.startswith("optimizer/")}
+    if "owner" not in replica.state_kinds.values():
+        coded = {_parameter_of(slot) for slot in slots if not own[slot].tensor.is_floating_point()}
+        slots = {slot for slot in slots if _parameter_of(slot) in coded}
+    return slots | {LOSS_SCALE}
+
+
+def _of_replica(state: TensorState, variant: Variant, is_dealt: bool) -> TensorState:
+    """What each of several replicas has: with another number of them the mean, or dealt out to them."""
+    own = per_replica(state, variant)
+    return replace(own, rule=Rule.CLONE) if is_dealt else own
+
+
+def _kept(kept: SyncState, replica: ModuleReplica, variant: Variant) -> TensorState:
+    """A tensor of a sync: like a parameter, or the same on all ranks of the replica."""
+    like = kept.like
+    state = _of_all_ranks(kept.tensor, replica) if like is None else _like(kept.tensor, like, replica)
+    if kept.rule is None:
+        return _shared(state, variant)
+    return replace(per_replica(state, variant), rule=Rule(kept.rule))
+
+
+def _of_all_ranks(tensor: Tensor, replica: ModuleReplica) -> TensorState:
+    world = replica.mesh.world
+    return tensor_state(tensor, Kind.REPLICATED, holder=(world.index, world.size))
+
+
+def _shared(state: TensorState, variant: Variant) -> TensorState:
+    """What all that save hold alike: one of them writes it."""
+    (index, count), (inner, holders) = variant, state.holder
+    return replace(state, holder=(index * holders + inner, count * holders))
 
 
 def owned(tensors: Mapping[str, TensorState], replica: ModuleReplica) -> dict[str, TensorState]:
@@ -55,7 +98,7 @@ def restore(
     model: nn.Module,
     replica: ModuleReplica,
     sync: Sync,
-    place: Place,
+    variant: Variant,
     checkpoint: Checkpoint,
     layout: Mapping[str, int],
     *,
@@ -63,8 +106,9 @@ def restore(
 ) -> None:
     """Fill what ``tensors`` names from a checkpoint that holds exactly that, else ``CheckpointError``.
 
-    An average that is empty is left out, whether the checkpoint has one or not. A new optimizer has no state to fill
-    until its first step, so places are made for what the checkpoint holds.
+    An average that is empty is left out, whether the checkpoint has one or not, and so is a loss scale that one of both
+    does not have. A new optimizer has no state to fill until its first step, so places are made for what the checkpoint
+    holds.
     """
     replica.optimizer.state.clear()
     elsewhere = {
@@ -77,7 +121,11 @@ def restore(
         if not slot.startswith("optimizer/") or name not in replica.local or key == "iterate":
             continue
         parameter, entry = replica.local[name], checkpoint.entry(slot)
-        shape: tuple[int, ...] = entry.shape
+        is_own = entry.kind is Kind.PER_REPLICA
+        if is_own and entry.shape[0] == variant[1] > 1 and variant[0] not in entry.holders:
+            elsewhere.add(slot)  # this replica had not begun
+            continue
+        shape: tuple[int, ...] = entry.shape[1:] if is_own else entry.shape
         match _kind(key, shape, replica):
             case "owner" if not replica.keeps(name):
                 elsewhere.add(slot)
@@ -91,7 +139,14 @@ def restore(
         device = "cpu" if not shape and dtype is torch.float64 else parameter.device
         empty = torch.zeros(shape, dtype=dtype, device=device)
         replica.optimizer.state.setdefault(parameter, {})[key] = empty
-    checkpoint.restore(tensors(model, replica, sync, place, average=average), layout=layout, elsewhere=elsewhere)
+    here = tensors(model, replica, sync, variant, average=average)
+    if LOSS_SCALE not in checkpoint.names:
+        here.pop(LOSS_SCALE, None)
+    elif LOSS_SCALE not in here:
+        elsewhere.add(LOSS_SCALE)
+    checkpoint.restore(here, layout=layout, elsewhere=elsewhere)
+    if LOSS_SCALE in here:
+        replica.loss_scale.load(here[LOSS_SCALE].tensor)
     replica.refresh()
 
 
@@ -103,7 +158,7 @@ def placed(tensor: Tensor, name: str, replica: ModuleReplica) -> TensorState:
 def _parameter_of(slot: str) -> str:
     """The parameter or buffer that an entry belongs to."""
     section, _, rest = slot.partition("/")
-    return rest.rpartition("/")[0] if section == "optimizer" else rest
+    return rest if section in {"model", "average"} else rest.rpartition("/")[0]
 
 
 def _like(local: Tensor, name: str, replica: ModuleReplica) -> TensorState:

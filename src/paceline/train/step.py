@@ -26,7 +26,7 @@ class StepResult:
     skipped: bool
     """A gradient overflowed at the loss scale, which is lower now: nothing was learned."""
     stop: bool
-    """Some rank was asked to stop: all stop after this step."""
+    """Some rank was asked to stop, and all of them have agreed to, after this step."""
 
 
 def train_step(
@@ -41,16 +41,17 @@ def train_step(
     again.estimate()
     loss_sum, own_targets, _ = backward(replica, sync, batches, again.run(batches), step=step)
     (own_loss,), stop = replica.total([loss_sum], stop=stop)
-    sums = sync.total(torch.tensor([own_loss, own_targets, float(stop)], dtype=torch.float64)).tolist()
-    total_loss, targets, stops = sums[0], int(sums[1]), sums[2]
+    sums, stop = sync.total(torch.tensor([own_loss, own_targets], dtype=torch.float64), stop)
+    total_loss, targets = sums.tolist()
     again.loss = loss = total_loss / max(1, targets)
     if not math.isfinite(loss):
         replica.veto()
+    sync.reduce(replica)
     finish = sync.update(replica)
     if not (finish.stepped or finish.overflowed):
         raise NonFiniteError(_what_went_bad(loss, finish.gradient_norm, step))
     skipped, norm = not finish.stepped, finish.gradient_norm
-    return StepResult(loss=loss, targets=targets, gradient_norm=norm, skipped=skipped, stop=stops > 0)
+    return StepResult(loss=loss, targets=int(targets), gradient_norm=norm, skipped=skipped, stop=stop)
 
 
 def _what_went_bad(loss: float, gradient_norm: float, step: int) -> str:

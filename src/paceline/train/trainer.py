@@ -23,11 +23,13 @@ from paceline.sync.base import differing
 from paceline.track import Trackers
 from paceline.train import state
 from paceline.train.assemble import Parts
+from paceline.train.average import over_replicas
 from paceline.train.diagnose import locate
 from paceline.train.early_stop import EarlyStop
 from paceline.train.hooks import Hook, StepEvent
 from paceline.train.memory import used_bytes
 from paceline.train.policy import StopRequest, after
+from paceline.train.replica import holding
 from paceline.train.spikes import Spikes
 from paceline.train.step import train_step
 
@@ -62,7 +64,7 @@ class Loop:
             kept = (parts.average.tensors, isinstance(replica.optimizer, Averaging), replica.adjusted())
             copies = 1 + sum(map(bool, kept))
             needed = 4 * copies * parts.sizes.trainable + parts.optimizer_config.state_bytes(parts.shapes)
-            check_space(self._checkpoints, 2 * needed)
+            check_space(self._checkpoints, 2 * needed * parts.variant[1])
 
     @property
     def coordinates(self) -> Coordinates:
@@ -149,37 +151,51 @@ class Loop:
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The model's state as transformers names it, whole; of ranks that share it, from the last save.
 
-        Of the parameters the average, where that is to be exported.
+        Of the parameters the average, where that is to be exported; of replicas that differ, the mean over them. Raises
+        ``TrainError`` after a step in which replicas do not agree.
         """
         parts = self.parts
-        if self.coordinates.ranks > 1:
+        if not parts.sync.is_agreed(self.step):
+            raise TrainError(
+                f"after step {self.step} replicas hold different weights. Take them after the last step of the run, or "
+                "after a multiple of the steps between their exchanges"
+            )
+        averages = parts.built.replica.averages()
+        if self.coordinates.ranks > 1 or (parts.variant[1] > 1 and (averages or parts.average.is_exported)):
             return SavedWeights(load(self._checkpoints, self.step), averaged=parts.average.is_exported)
-        learned = {name: p.detach() for name, p in parts.built.replica.local.items()} | parts.built.replica.averages()
+        learned = {name: p.detach() for name, p in parts.built.replica.local.items()} | averages
         learned |= parts.average.tensors if parts.average.is_exported else {}
         return {name: learned.get(name, value) for name, value in parts.built.model.state_dict().items()}
 
     def evaluate(self) -> Evaluation:
-        """Measure the held-out part, and continue the prompts, on all ranks."""
+        """Measure the held-out part, and continue the prompts, by weights that stand for all replicas; on all ranks."""
         evaluation = self._measure()
         if self.trackers:
             self.trackers.evaluation(evaluation.values())
         return evaluation
 
     def _measure(self) -> Evaluation:
-        with self.parts.average.in_place(), self.parts.built.replica.evaluating():
+        with holding(self.parts.built.replica, self._measured()):
             measured = self.parts.evaluator.measure(self.step, self._total)
         self.evaluation = replace(measured, averaged=self.parts.average.is_measured)
         return self.evaluation
 
+    def _measured(self) -> Mapping[str, torch.Tensor]:
+        """What is evaluated in place of the parameters of now, by name; none for what stays. All ranks call it."""
+        parts, replica = self.parts, self.parts.built.replica
+        if averages := parts.average.measured or replica.averages():
+            return averages if parts.variant[1] == 1 else over_replicas(parts.world.link, averages)
+        return {} if parts.sync.is_agreed(self.step) else parts.sync.agreed(replica)
+
     def save(self) -> None:
-        """Write a checkpoint of this step in the background; the replicas hold the same, so one writes."""
+        """Write a checkpoint of this step in the background; of replicas that hold the same, one writes."""
         parts = self.parts
         if parts.checkpointer is None:
             return
         self._tell_saved(parts.checkpointer.wait())
         replica = parts.built.replica
         average = parts.average.tensors
-        tensors = state.tensors(parts.built.model, replica, parts.sync, self._place, average=average)
+        tensors = state.tensors(parts.built.model, replica, parts.sync, parts.variant, average=average)
         parts.checkpointer.save(self.step, state.owned(tensors, replica), self._values())
 
     def __enter__(self) -> Self:
@@ -254,12 +270,10 @@ class Loop:
 
     def _values(self) -> dict[str, Any]:
         """The scalars of a checkpoint. Random numbers have no state of their own: they follow from seed and step."""
-        loss_scale = self.parts.built.replica.loss_scale
         return {
             "step": self.step,
             "sequences_seen": self.sequences_seen,
             "tokens_seen": self.tokens_seen,
-            **({"loss_scale": loss_scale.state()} if loss_scale.is_dynamic else {}),
             "rate": self.parts.rate.state(),
             "average": self.parts.average.values(),
             **({"spikes": self._spikes.state()} if self._spikes.is_on else {}),
@@ -292,13 +306,11 @@ class Loop:
             built.model,
             built.replica,
             parts.sync,
-            self._place,
+            parts.variant,
             checkpoint,
             self._layout,
             average=parts.average.restored(values.get("average")),
         )
-        if built.replica.loss_scale.is_dynamic and "loss_scale" in values:
-            built.replica.loss_scale.load(values["loss_scale"])
         parts.rate.restore(values.get("rate"))
         self._spikes.restore(values.get("spikes"))
         self._early_stop.restore(values.get("early_stop"))
@@ -373,16 +385,13 @@ class Loop:
     def _total(self, values: tuple[float, ...]) -> list[float]:
         """Over all ranks of all replicas."""
         own, _ = self.parts.built.replica.total(values)
-        total: list[float] = self.parts.sync.total(torch.tensor(own, dtype=torch.float64)).tolist()
-        return total
+        total = torch.tensor(own, dtype=torch.float64, device=self.parts.world.device.torch_device)
+        self.parts.world.link.all_reduce(total).wait()
+        return total.tolist()
 
     @property
     def _checkpoints(self) -> Path:
         return Path(self.parts.config.train.output) / "checkpoints"
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        return self.coordinates.replica, self.coordinates.replicas
 
     @property
     def _layout(self) -> dict[str, int]:

@@ -27,7 +27,6 @@ from paceline.optim.ema import Ema
 from paceline.optim.linear import Linear
 from paceline.optim.sgd import SGD
 from paceline.plan.layout import AXES, Grid
-from paceline.sync.all_reduce import AllReduce
 
 SINGLE = (
     "replicas=2",
@@ -140,7 +139,7 @@ class Case:
         return base.model_copy(
             update={
                 "layout": self.layout.model_copy(update={"tensor_patterns": patterns}),
-                "replicas": self.replicas,
+                **self._agreement(base),
                 "batch": BatchConfig(
                     sequences=SEQUENCES, sequence_tokens=SEQUENCE_TOKENS, micro=self._micro(1 if resumed else 2)
                 ),
@@ -151,7 +150,6 @@ class Case:
                 "spikes": None,
                 "early_stop": None,
                 "regularisation": RegularisationConfig() if optimizer else base.regularisation,
-                "sync": AllReduce(bucket_mib=BUCKET_MIB) if isinstance(base.sync, AllReduce) else base.sync,
                 "train": TrainConfig(
                     steps=steps,
                     output=str(output),
@@ -163,6 +161,20 @@ class Case:
                 "checkpoint": CheckpointConfig(every=steps // 2),
                 "evaluate": EvaluateConfig(every=steps // 2),
             }
+        )
+
+    def _agreement(self, base: Config) -> dict[str, Any]:
+        """Replicas and how they agree: in several buckets, and often."""
+        syncs = tuple(_often(sync) for sync in base.syncs)
+        if len(syncs) == 1:
+            return {"replicas": self.replicas, "sync": syncs[0]}
+        if self.replicas == base.all_replicas:
+            return {"replicas": base.replicas, "sync": syncs}
+        if self.replicas == 1:
+            return {"replicas": 1, "sync": syncs[-1]}
+        raise PlanError(
+            f"replicas={self.replicas} are not the levels of replicas={list(base.group_sizes)}; use "
+            f"replicas={base.all_replicas}, or 1"
         )
 
     def _micro(self, accumulate: int) -> int | None:
@@ -180,6 +192,12 @@ class Case:
         given |= {"accumulate": self.accumulate} if self.accumulate else {}
         given |= {"compile": True} if self.compiled else {}
         return ",".join(f"{key}={str(value).lower()}" for key, value in given.items()) or "one process"
+
+
+def _often(sync: Options) -> Options:
+    """The strategy with small buckets, and with all it does in the steps before a checkpoint and after it."""
+    most = {"bucket_mib": BUCKET_MIB, "every": 3, "start": 4}
+    return sync.model_copy(update={key: min(getattr(sync, key), n) for key, n in most.items() if hasattr(sync, key)})
 
 
 def parse(text: str) -> list[Case]:

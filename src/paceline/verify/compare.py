@@ -13,12 +13,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from paceline.checkpoint import Checkpoint, load
-from paceline.verify.routing import compare_routes
+from paceline.verify.routing import compare_routes, joined_routes
 
 ROUNDINGS = 24
 """Of what goes through a block, there and back, in 16 bits."""
 ROUNDED_BY = {"bf16": 2.0**-8, "bf16_pure": 2.0**-8, "fp16": 2.0**-11}
 """The most that a number of 16 bits may be rounded by, relatively: half of its last place."""
+
+
+Tensors = Mapping[tuple[str, str], Tensor]
+"""Full tensors by what they are and their name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +86,12 @@ class Boxes:
         self._files: list[Any] = [safe_open(path, framework="pt") for path in paths]
         self._places = [json.loads(file.metadata()["places"]) for file in self._files]
 
-    def full(self) -> dict[tuple[str, str], Tensor]:
-        """Of a run of one rank: every tensor by what it is and its name."""
-        (file,), (places,) = self._files, self._places
-        return {(what, name): file.get_tensor(key) for key, (what, name, _, _) in places.items()}
+    def full(self) -> list[Tensors]:
+        """Of a run of replicas of one rank: what each held."""
+        return [
+            {(what, name): file.get_tensor(key) for key, (what, name, _, _) in places.items()}
+            for file, places in zip(self._files, self._places, strict=True)
+        ]
 
     def by_tensor(self) -> dict[tuple[str, str], list[tuple[int, list[int], Tensor]]]:
         """For every tensor the boxes of it: rank, start, values."""
@@ -96,46 +102,55 @@ class Boxes:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What one replica held and reported when each was one process; all the same where syncs keep replicas equal."""
+
+    tensors: Tensors
+    run: Mapping[str, Any]
+
+
 def compare(
-    reference: Mapping[tuple[str, str], Tensor],
-    reference_run: Mapping[str, Any],
-    folder: Path,
-    runs: Sequence[Mapping[str, Any]],
-    bounds: Bounds,
+    references: Sequence[Reference], folder: Path, runs: Sequence[Mapping[str, Any]], bounds: Bounds
 ) -> Difference:
-    """Judge a case by every box of every rank, and by the losses and norms each rank reported."""
-    wrong = compare_routes(reference_run["routes"], runs)
+    """Judge a case by every box of every rank, and by the losses and norms each rank reported.
+
+    ``references`` by replica, or one for all.
+    """
+    wrong = compare_routes(joined_routes([reference.run for reference in references]), runs)
     boxes = Boxes(folder).by_tensor()
     replica_of = [run["replica"] for run in runs]
-    replicas = sorted(set(replica_of))
-    totals: dict[str, float] = defaultdict(float)  # of all gradients of a step
-    for (what, _), tensor in reference.items():
-        totals[what] += float(tensor.double().square().sum())
     worst: dict[str, Worst] = {}
-    for key in sorted(reference.keys() | boxes.keys()):
-        what, name = key
-        if key not in reference:
-            wrong.append(f"{what} of {name} is there, but one process has none")
-            continue
-        full = reference[key].double()
-        is_gradient = what.startswith("gradient")
-        floor = bounds.floor * math.sqrt(totals[what]) if is_gradient else 0.0
-        error, missing = _error(full, boxes.get(key, []), replica_of, replicas, floor)
-        if missing:
-            wrong.append(f"{what} of {name}: {missing} of {full.numel() * len(replicas)} values are on no rank")
-        kind = "gradient" if is_gradient else what if what == "parameter after 1" else "later"  # roundings grow
-        if kind not in worst or not error <= worst[kind].error:
-            worst[kind] = Worst(name=name, error=error)
-    first, *_, last = steps = _series("losses", reference_run, runs)
-    at = max(range(len(steps)), key=lambda step: steps[step])
+    for replica in sorted(set(replica_of)):
+        reference = references[replica % len(references)].tensors
+        totals: dict[str, float] = defaultdict(float)  # of all gradients of a step
+        for (what, _), tensor in reference.items():
+            totals[what] += float(tensor.double().square().sum())
+        for key in sorted(reference.keys() | boxes.keys()):
+            what, name = key
+            own = [(start, box) for rank, start, box in boxes.get(key, []) if replica_of[rank] == replica]
+            if key not in reference:
+                wrong += [f"{what} of {name} is there, but one process has none"] if own else []
+                continue
+            full = reference[key].double()
+            is_gradient = what.startswith("gradient")
+            error, missing = _error(full, own, bounds.floor * math.sqrt(totals[what]) if is_gradient else 0.0)
+            if missing:
+                wrong.append(f"{what} of {name}: {missing} of {full.numel()} values are on no rank")
+            kind = "gradient" if is_gradient else what if what == "parameter after 1" else "later"  # roundings grow
+            if kind not in worst or not error <= worst[kind].error:
+                worst[kind] = Worst(name=name, error=error)
+    pairs = [(references[run["replica"] % len(references)].run, run) for run in runs]
+    first, *_, last = losses = _series("losses", pairs)
+    at = max(range(len(losses)), key=lambda step: losses[step])
     checks = [
         ("the first loss", first, bounds.loss),
-        ("the gradient norm", _series("norms", reference_run, runs)[0], bounds.gradient),
+        ("the gradient norm", _series("norms", pairs)[0], bounds.gradient),
         (f"the gradient of {worst['gradient'].name}", worst["gradient"].error, bounds.gradient),
         (f"the parameter {worst['parameter after 1'].name}", worst["parameter after 1"].error, bounds.parameter),
         (f"the parameter {worst['later'].name} after more updates", worst["later"].error, bounds.loss_at_end),
-        (f"the loss of step {at + 1}", steps[at], bounds.loss_at_end),
-        ("the held-out loss", max(_series("evaluations", reference_run, runs)), bounds.loss_at_end),
+        (f"the loss of step {at + 1}", losses[at], bounds.loss_at_end),
+        ("the held-out loss", max(_series("evaluations", pairs)), bounds.loss_at_end),
     ]
     wrong += [
         f"{what} differs by {error:.1e}, {bound:.0e} is allowed" for what, error, bound in checks if not error <= bound
@@ -149,28 +164,16 @@ def compare(
     )
 
 
-def _error(
-    full: Tensor,
-    boxes: Sequence[tuple[int, list[int], Tensor]],
-    replica_of: Sequence[int],
-    replicas: Sequence[int],
-    floor: float,
-) -> tuple[float, int]:
-    """The greatest relative error over replicas, and how many values are on none of a replica's ranks."""
+def _error(full: Tensor, boxes: Sequence[tuple[list[int], Tensor]], floor: float) -> tuple[float, int]:
+    """The relative error of what a replica's ranks hold, and how many values are on none of them."""
     scale = max(float(full.norm()), floor) or 1.0
-    worst, missing = 0.0, 0
-    for replica in replicas:
-        held = torch.zeros(full.shape, dtype=torch.bool)
-        squares = 0.0
-        for rank, start, box in boxes:
-            if replica_of[rank] == replica:
-                window = tuple(slice(at, at + size) for at, size in zip(start, box.shape, strict=True))
-                held[window] = True
-                squares += float((box.double() - full[window]).square().sum())
-        missing += int((~held).sum())
-        error = math.sqrt(squares) / scale
-        worst = error if not error <= worst else worst  # keeps what is not a number
-    return worst, missing
+    held = torch.zeros(full.shape, dtype=torch.bool)
+    squares = 0.0
+    for start, box in boxes:
+        window = tuple(slice(at, at + size) for at, size in zip(start, box.shape, strict=True))
+        held[window] = True
+        squares += float((box.double() - full[window]).square().sum())
+    return math.sqrt(squares) / scale, int((~held).sum())
 
 
 def compare_saved(reference: Path, folder: Path, step: int, bounds: Bounds) -> list[str]:
@@ -204,7 +207,7 @@ def _saved_errors(own: Checkpoint, other: Checkpoint, floor: float) -> dict[str,
     return errors
 
 
-def gradient_distance(reference: Mapping[tuple[str, str], Tensor], other: Mapping[tuple[str, str], Tensor]) -> float:
+def gradient_distance(reference: Tensors, other: Tensors) -> float:
     """Between the gradients of two runs of one process, all tensors together, relative to the first."""
     squares = [
         (float((other[key].double() - full.double()).square().sum()), float(full.double().square().sum()))
@@ -214,9 +217,10 @@ def gradient_distance(reference: Mapping[tuple[str, str], Tensor], other: Mappin
     return math.sqrt(sum(difference for difference, _ in squares) / sum(own for _, own in squares))
 
 
-def _series(key: str, reference: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[float]:
-    """For each entry the greatest relative difference of any rank."""
-    return [max(_relative(run[key][i], true) for run in runs) for i, true in enumerate(reference[key])]
+def _series(key: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[float]:
+    """For each entry the greatest relative difference of any rank from its reference."""
+    entries = range(len(pairs[0][0][key]))
+    return [max(_relative(run[key][i], reference[key][i]) for reference, run in pairs) for i in entries]
 
 
 def _relative(value: float, true: float) -> float:

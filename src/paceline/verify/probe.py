@@ -54,7 +54,7 @@ def probe(
     config, _ = halves[0]
     coordinates = Coordinates.of(
         member.index,
-        replicas=config.replicas,
+        replicas=config.all_replicas,
         ranks=Grid.of(config.layout).ranks,
         local_rank=member.index,
         local_ranks=member.size,
@@ -68,7 +68,17 @@ def probe(
     told = _Told(PRECISIONS[precision], given)
     with ExitStack() as stack:
         grid = Grid.of(config.layout)
-        world = stack.enter_context(enter(coordinates, device, store, grid, timeout_s=60.0, loopback=True))
+        world = stack.enter_context(
+            enter(
+                coordinates,
+                device,
+                store,
+                grid,
+                timeout_s=60.0,
+                loopback=True,
+                group_sizes=config.group_sizes,
+            )
+        )
         if precision == "fp64":
             stack.enter_context(in_double())
         elif member.size == 1:
@@ -120,6 +130,7 @@ class _Told:
         self.tokens = 0
         self.narrowest = [math.inf]
         self._sent_bytes = 0
+        self._sent_before: int | None = None
         self._boxes: dict[str, Tensor] = {}
         self._places: dict[str, Any] = {}
         self._replica: ModuleReplica
@@ -134,13 +145,10 @@ class _Told:
         self.by_chance = parts.built.by_chance
 
     def at_begin(self) -> None:
-        """A step begins."""
-        self._sent_bytes -= self._sent_so_far()
+        """A pass begins: the step's own, or another one that its optimizer asks for."""
+        if self._sent_before is None:
+            self._sent_before = self._sent_so_far()
         self._routing.is_on = not self.losses
-
-    def at_end(self) -> None:
-        """A pass ends: the step's own, or another one that its optimizer asked for."""
-        self._sent_bytes += self._sent_so_far()
 
     def at_finish(self) -> None:
         """Gradients are as they are before clipping; one that is missing is told as such."""
@@ -159,13 +167,20 @@ class _Told:
                 shard.set_gradient(gradient)
 
     def _part_of_given(self, what: str, shard: Shard) -> Tensor | None:
-        full = self._given.get((what, shard.name)) if self._given else None
+        given = self._given[self._world.coordinates.replica % len(self._given)] if self._given else {}
+        full = given.get((what, shard.name))
         if full is None:
             return None
         local = torch.zeros_like(shard.local)
         for block in self._replica.full.part(shard.name).blocks:
             block.of(local).copy_(block.of_full(full))
         return local
+
+    def at_end(self) -> None:
+        """The step has ended, and replicas have exchanged what they exchange after it."""
+        assert self._sent_before is not None
+        self._sent_bytes += self._sent_so_far() - self._sent_before
+        self._sent_before = None
 
     def parameters(self, step: int) -> None:
         """Keep the parameters after a step."""
@@ -191,7 +206,7 @@ class _Told:
         }
 
     def _sent_so_far(self) -> int:
-        return sum(self._world.mesh.tally.bytes.values()) + self._world.link.sent_bytes
+        return sum(self._world.mesh.tally.bytes.values()) + sum(link.sent_bytes for link in self._world.links)
 
     def _keep(self, what: str, name: str, tensor: Tensor | None) -> None:
         assert tensor is not None
@@ -218,11 +233,8 @@ class _Watching:
         return targets
 
     def update(self, replica: Replica) -> Finish:
-        """See ``Sync``; of the passes of a step only its own ends in the replica itself."""
-        if isinstance(replica, ModuleReplica):
-            finish: Finish = self._sync.update(_Watched(replica, self._told))
-        else:
-            finish = self._sync.update(replica)
+        """See ``Sync``."""
+        finish: Finish = self._sync.update(_Watched(replica, self._told))
         self._told.at_end()
         return finish
 

@@ -87,12 +87,18 @@ def added(first: Sequence[int], second: Sequence[int]) -> list[int]:
     return [sum(part[i] for part in (first, second) if i < len(part)) for i in range(size)]
 
 
-def compare_routes(reference: Routes, runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for the first module whose tokens chose otherwise; none where routing is equal or was not seen."""
+def joined_routes(runs: Sequence[Mapping[str, Any]]) -> Routes:
+    """What all ranks of a run saw."""
     total: Routes = {}
     for run in runs:
         for name, chosen in run["routes"].items():
             total[name] = added(total.get(name, []), chosen)
+    return total
+
+
+def compare_routes(reference: Routes, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for the first module whose tokens chose otherwise; none where routing is equal or was not seen."""
+    total = joined_routes(runs)
     for name in sorted(total):
         if total[name] != reference.get(name):
             return [f"routing differs: the experts of {name} got {total[name]} tokens, expected {reference.get(name)}"]

@@ -16,6 +16,7 @@ from paceline.verify.cases import SEQUENCES, Case, parse
 from paceline.verify.compare import (
     Boxes,
     Difference,
+    Reference,
     bounds_of,
     compare,
     compare_saved,
@@ -137,7 +138,7 @@ def verify(
     """
     if dtype not in PRECISIONS:
         raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(PRECISIONS)}")
-    own = Case(layout=config.layout, replicas=config.replicas, compiled=config.train.compile)
+    own = Case(layout=config.layout, replicas=config.all_replicas, compiled=config.train.compile)
     if layouts is None and own == Case(layout=LayoutConfig()):
         layouts = "all"
     cases = [own] if layouts is None else parse(layouts)
@@ -168,9 +169,10 @@ def verify(
 class Trial:
     """A model that was trained in one process, to judge layouts by.
 
-    A layout trains the first half of the steps and saves; the second half is trained by a new start of it, from what
-    the layout before it saved at that step. With an ``optimizer`` in place of SGD that is what is judged: under each
-    layout it gets the gradients of one process.
+    Where the sync lets replicas differ, it was trained by as many replicas as a layout has, of one process each. A
+    layout trains the first half of the steps and saves; the second half is trained by a new start of it, from what the
+    layout before it saved at that step. With an ``optimizer`` in place of SGD that is what is judged: under each layout
+    it gets the gradients of one process.
     """
 
     def __init__(
@@ -182,20 +184,23 @@ class Trial:
         full: bool = False,
         steps: int = STEPS,
         optimizer: Options | None = None,
+        replicas: int = 1,
     ) -> None:
         self.subject = Subject.of(config, full=full)
         self._config, self._pool, self._dtype, self._full = _in_precision(config, dtype), pool, dtype, full
         self._temporary = tempfile.TemporaryDirectory(prefix="paceline-verify-")
         self._folder = Path(self._temporary.name)
         self._exact: Trial | None = None
-        self._steps, self._half = steps, steps // 2
+        self._others: dict[int, Trial] = {}
+        self._steps, self._half, self._replicas = steps, steps // 2, replicas
         self._optimizer = optimizer
         self.optimizer = "sgd" if optimizer is None else strategy_name(optimizer)
-        (self._own_run,) = self._run(1, [(self._alone("one"), steps)], given="")
+        runs = self._run(replicas, [(self._alone("one"), steps)], given="")
+        self._own_run = runs[0]
         if "refused" in self._own_run:
             self.__exit__()
             raise PlanError(self._own_run["refused"])
-        self._own = Boxes(self._boxes).full()
+        self._own = [Reference(tensors=t, run=run) for t, run in zip(Boxes(self._boxes).full(), runs, strict=True)]
         self._given = shutil.copytree(self._boxes, self._folder / "given") if self._gives else None
         self._saved = self._own_saved = self._kept(self._folder / "one", self._folder / "own")
         self._bounds = bounds_of(dtype, self._own_run["blocks"])
@@ -210,12 +215,35 @@ class Trial:
 
     def judge(self, case: Case) -> Row:
         """Train under a layout, and compare; in fp64 if rounding could change which experts are chosen."""
+        if case.replicas != self._replicas and not self._config.keeps_equal:
+            try:
+                plan_run(self._of(case, self._folder))
+            except PlanError as error:
+                return self._row(case, "refused", str(error))
+            return self._of_replicas(case.replicas).judge(case)
         if self._dtype == "fp64" or self._own_run["narrowest"] >= NEAR_TIE:
             return self._judge(case)
         if self._exact is None:
-            self._exact = Trial(self._config, self._pool, full=self._full, steps=self._steps, optimizer=self._optimizer)
+            self._exact = self._like_this(dtype="fp64", replicas=self._replicas)
         row = self._exact._judge(case)
         return replace(row, reason="; ".join(filter(None, ("near ties in routing, so judged in fp64", row.reason))))
+
+    def _of_replicas(self, replicas: int) -> "Trial":
+        """The same trial by another number of replicas."""
+        if replicas not in self._others:
+            self._others[replicas] = self._like_this(dtype=self._dtype, replicas=replicas)
+        return self._others[replicas]
+
+    def _like_this(self, *, dtype: str, replicas: int) -> "Trial":
+        return Trial(
+            self._config,
+            self._pool,
+            dtype=dtype,
+            full=self._full,
+            steps=self._steps,
+            optimizer=self._optimizer,
+            replicas=replicas,
+        )
 
     def _judge(self, case: Case) -> Row:
         first, second = self._folder / "first", self._folder / "second"
@@ -236,7 +264,7 @@ class Trial:
             return self._row(case, "failed", str(error).strip().splitlines()[-1])
         if refusals := [run["refused"] for run in runs if "refused" in run]:
             return self._row(case, "refused", refusals[0])
-        difference = compare(self._own, self._own_run, self._boxes, runs, self._bounds)
+        difference = compare(self._own, self._boxes, runs, self._bounds)
         wrong = (*difference.wrong, *compare_saved(self._own_saved, first / "checkpoints", self._half, self._bounds))
         if not wrong:
             self._saved = self._kept(first, self._folder / "saved")
@@ -262,15 +290,17 @@ class Trial:
         Then it is the family's own forward pass that computes rows otherwise beside others: where it breaks ties by the
         length of the longest, for example.
         """
-        if case.layout == LayoutConfig() and case.replicas == 1:
+        if case.layout == LayoutConfig() and case.replicas == self._replicas:
             return 0
         _, batch = plan_run(case.config(self._config, steps=self._steps, output=self._folder / "control"))
-        control = Case(layout=LayoutConfig(), accumulate=-(-SEQUENCES // batch.micro))
-        (run,) = self._run(1, [(control.config(self._config, steps=self._steps, output=self._folder / "control"), 1)])
+        accumulate = -(-SEQUENCES // (self._replicas * batch.micro))
+        control = Case(layout=LayoutConfig(), replicas=self._replicas, accumulate=accumulate)
+        first = (control.config(self._config, steps=self._steps, output=self._folder / "control"), 1)
+        runs = self._run(self._replicas, [first])
         shutil.rmtree(self._folder / "control", ignore_errors=True)
-        if "refused" in run:
+        if "refused" in runs[0]:
             return 0
-        distance = gradient_distance(self._own, Boxes(self._boxes).full())
+        distance = gradient_distance(self._own[0].tensors, Boxes(self._boxes).full()[0])
         return 0 if distance <= self._bounds.gradient else batch.micro
 
     def __enter__(self) -> Self:
@@ -278,8 +308,8 @@ class Trial:
 
     def __exit__(self, *_: object) -> None:
         self._temporary.cleanup()
-        if self._exact is not None:
-            self._exact.__exit__()
+        for other in (*self._others.values(), *([self._exact] if self._exact else [])):
+            other.__exit__()
 
     @property
     def _boxes(self) -> Path:
@@ -298,20 +328,20 @@ class Trial:
         return case.config(self._config, steps=self._steps, output=output, resumed=resumed, optimizer=self._optimizer)
 
     def _alone(self, name: str) -> Config:
-        return self._of(Case(layout=LayoutConfig(), accumulate=1), self._folder / name)
+        return self._of(Case(layout=LayoutConfig(), replicas=self._replicas, accumulate=1), self._folder / name)
 
     def _drift(self) -> float:
         """What roundings alone come to in saved states, of which no depth tells: one process, its batches in other
         micro-batches, is so far from itself."""
-        case = Case(layout=LayoutConfig(), accumulate=3)
+        case = Case(layout=LayoutConfig(), replicas=self._replicas, accumulate=3)
         output = self._folder / "drift"
-        self._run(1, [(self._of(case, output), self._half)], given=str(self._given))
+        self._run(self._replicas, [(self._of(case, output), self._half)], given=str(self._given))
         return saved_distance(self._own_saved, output / "checkpoints", self._half, self._bounds.floor)
 
     def _check_bound(self) -> None:
         """Raise ``ConfigError`` if the bound would let a batch pass of which every fifth row is in disorder."""
-        self._run(1, [(self._alone("control"), 1)], replace(self.subject, shuffled=SHUFFLED))
-        distance = gradient_distance(self._own, Boxes(self._boxes).full())
+        self._run(self._replicas, [(self._alone("control"), 1)], replace(self.subject, shuffled=SHUFFLED))
+        distance = gradient_distance(self._own[0].tensors, Boxes(self._boxes).full()[0])
         if not distance > self._bounds.gradient:
             raise ConfigError(
                 f"dtype={self._dtype}: with rows in disorder the gradients differ by {distance:.1e}, and roundings "

@@ -1,0 +1,1 @@
+"""How tensors of several replicas are added up on the way: one reducer a file."""

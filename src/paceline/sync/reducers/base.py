@@ -1,0 +1,50 @@
+"""What a reducer is: it adds up tensors of several replicas, each times the share of its replica, by some encoding.
+
+A reducer sees this rank's parts of the tensors and, in ``Shard.part``, which boxes of the full tensors they are. What
+it makes of a value must not depend on how a replica is cut: it works on single values, or on blocks of full tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from paceline.comm.replica import Shard
+from paceline.sync.base import Shapes, SyncContext, SyncState
+
+
+class ReducerConfig(Protocol):
+    """The frozen config class of a reducer."""
+
+    is_exact: ClassVar[bool]
+    """Whether sums are what was put in, but for rounding; if not, only small differences should be put in."""
+
+    def wire_bytes(self, shapes: Shapes, members: int) -> int:
+        """Payload bytes one rank sends for one sum of fp32 tensors."""
+        ...
+
+    def state_bytes(self, shapes: Shapes) -> int:
+        """Bytes the reducer needs on one rank at most."""
+        ...
+
+    def build(self, context: SyncContext) -> "Reducer":
+        """The reducer at work over the link of its strategy."""
+        ...
+
+
+class Reducer(Protocol):
+    """A reducer at work on one rank."""
+
+    def start(self, shards: Sequence[Shard]) -> None:
+        """Plan for tensors like these, before the first sum."""
+
+    def weighted_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Mapping[str, Tensor]:
+        """Sum over the members of ``share`` times ``values``, by the names of the shards; the same bits on all.
+
+        Results may be views of buffers that the next call uses. ``step``: what is drawn follows from it.
+        """
+        ...
+
+    def state(self) -> Mapping[str, SyncState]:
+        """What was left out and is still to be sent, as in ``Sync.state``."""
+        ...

@@ -1,0 +1,71 @@
+"""No encoding: tensors are summed in their own dtype, fp32 or fp64."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from paceline.comm.link import Link
+from paceline.comm.replica import Shard
+from paceline.config import Options, Positive
+from paceline.plan.wire import all_reduce_bytes
+from paceline.sync.base import Shapes, SyncContext, SyncState
+from paceline.sync.buckets import bucketed, elements
+
+
+class Mean(Options):
+    """Sum the tensors as they are."""
+
+    bucket_mib: Positive = 32.0
+    """Tensors are sent in buckets of about this size."""
+
+    is_exact: ClassVar[bool] = True
+
+    def wire_bytes(self, shapes: Shapes, members: int) -> int:
+        """The tensors once round a ring."""
+        numels = [math.prod(shape) for shape in shapes.values()]
+        buckets = bucketed(numels, elements(self.bucket_mib))
+        return sum(all_reduce_bytes(4 * sum(numels[i] for i in bucket), members) for bucket in buckets)
+
+    def state_bytes(self, shapes: Shapes) -> int:
+        """A copy to send from, while it is sent."""
+        return sum(4 * math.prod(shape) for shape in shapes.values())
+
+    def build(self, context: SyncContext) -> "MeanReducer":
+        """The reducer at work."""
+        return MeanReducer(context.link, elements(self.bucket_mib))
+
+
+class MeanReducer:
+    """Sums over a link, bucket by bucket."""
+
+    def __init__(self, link: Link, bucket_numel: int) -> None:
+        self._link = link
+        self._bucket_numel = bucket_numel
+        self._buckets: list[list[Shard]] = []
+
+    def start(self, shards: Sequence[Shard]) -> None:
+        """Plan the buckets."""
+        groups = bucketed([shard.local.numel() for shard in shards], self._bucket_numel)
+        self._buckets = [[shards[i] for i in group] for group in groups]
+
+    def weighted_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Mapping[str, Tensor]:
+        """See ``Reducer``."""
+        started = []
+        for shards in self._buckets:
+            dtype = functools.reduce(torch.promote_types, (values[shard.name].dtype for shard in shards))
+            buffer = torch.cat([values[shard.name].reshape(-1).to(dtype) for shard in shards]).mul_(share)
+            started.append((shards, buffer, self._link.all_reduce(buffer)))
+        sums: dict[str, Tensor] = {}
+        for shards, buffer, pending in started:
+            pending.wait()
+            views = buffer.split([values[shard.name].numel() for shard in shards])
+            sums |= {shard.name: view.view(shard.local.shape) for shard, view in zip(shards, views, strict=True)}
+        return sums
+
+    def state(self) -> Mapping[str, SyncState]:
+        """Nothing is left out."""
+        return {}

@@ -1,0 +1,183 @@
+"""What travels over a link, and that its bytes are those of the formulas."""
+
+import time
+
+import pytest
+import torch
+
+from paceline.comm import link
+from paceline.comm.link import LocalLink
+from paceline.comm.ranks import Coordinates
+from paceline.errors import LinkError
+from paceline.plan.wire import all_gather_bytes, all_reduce_bytes, all_to_all_bytes, broadcast_bytes
+
+MEMBERS = pytest.mark.parametrize("members", [2, 3, 4])
+
+
+def linked(member, timeout_s=30.0):
+    return link.connect(
+        member.store,
+        index=member.index,
+        size=member.size,
+        coordinate=0,
+        backend="gloo",
+        timeout_s=timeout_s,
+        loopback=True,
+    )
+
+
+def sent(between, exchange):
+    """What an exchange gives and how many bytes it sends."""
+    before = between.sent_bytes
+    pending, result = exchange()
+    pending.wait()
+    return result.tolist(), between.sent_bytes - before
+
+
+def exchanges(member):
+    """Every operation once, on tensors from which one sees where they come from."""
+    between, n, own = linked(member), member.size, float(member.index)
+    tensor = torch.arange(2 * n, dtype=torch.float32).view(n, 2) + 100 * own
+
+    def all_reduce():
+        total = tensor.clone()
+        return between.all_reduce(total), total
+
+    def broadcast():
+        copy = tensor.clone()
+        return between.broadcast(copy, n - 1), copy
+
+    def all_gather():
+        into = torch.empty(n, *tensor.shape)
+        return between.all_gather(into, tensor), into
+
+    def all_to_all():
+        into = torch.empty_like(tensor)
+        return between.all_to_all(into, tensor), into
+
+    def reduce_scatter():
+        into = torch.empty(2)
+        return between.reduce_scatter(into, tensor), into
+
+    return {f.__name__: sent(between, f) for f in (all_reduce, broadcast, all_gather, all_to_all, reduce_scatter)}
+
+
+@MEMBERS
+def test_every_exchange_gives_what_it_says_and_sends_what_the_formula_says(pool, members):
+    told = pool.run(exchanges, members)
+    tensors = torch.stack([torch.arange(2.0 * members).view(members, 2) + 100 * i for i in range(members)])
+    size = 4 * 2 * members
+    for index, own in enumerate(told):
+        assert own["all_reduce"] == (tensors.sum(0).tolist(), all_reduce_bytes(size, members))
+        place = (index - (members - 1)) % members
+        assert own["broadcast"] == (tensors[-1].tolist(), broadcast_bytes(size, members, place))
+        assert own["all_gather"] == (tensors.tolist(), all_gather_bytes(size, members))
+        assert own["all_to_all"] == (tensors[:, index].tolist(), all_to_all_bytes(size, members))
+        assert own["reduce_scatter"] == (tensors[:, index].sum(0).tolist(), all_to_all_bytes(size, members))
+
+
+def test_a_broadcast_sends_every_member_one_copy():
+    for size in range(1, 20):
+        copies = [broadcast_bytes(1, size, place) for place in range(size)]
+        assert sum(copies) == size - 1 and copies == sorted(copies, reverse=True)
+    assert [broadcast_bytes(1, 7, place) for place in range(7)] == [3, 2, 1, 0, 0, 0, 0]
+
+
+def rows(member):
+    """Member i sends i + j rows to member j, so some get nothing from themselves."""
+    between, n = linked(member), member.size
+    counts = [member.index + j for j in range(n)]
+    tensor = torch.full((sum(counts), 3), float(member.index))
+    into = torch.empty(sum(counts), 3)  # what it sends to j is as much as what comes from j
+    between.all_to_all(into, tensor, received=counts, sent=counts).wait()
+    return into[:, 0].tolist(), between.sent_bytes
+
+
+def test_rows_of_uneven_numbers_come_in_the_order_of_the_members(pool):
+    for index, (got, sent_bytes) in enumerate(pool.run(rows, 3)):
+        assert got == [float(j) for j in range(3) for _ in range(index + j)]
+        assert sent_bytes == 3 * 4 * sum(index + j for j in range(3) if j != index)
+
+
+def in_order(member):
+    """The sum of numbers whose order of adding shows."""
+    between = linked(member)
+    value = [1e16, -1e16, 1.0][member.index]
+    into = torch.empty(1, dtype=torch.float64)
+    between.reduce_scatter(into, torch.full((3, 1), value, dtype=torch.float64)).wait()
+    return into.item()
+
+
+def test_owners_add_in_the_order_of_the_members(pool):
+    assert pool.run(in_order, 3) == [1.0, 1.0, 1.0]
+
+
+def pairs(member):
+    """Both neighbours of a ring at once, under two tags; then a link of the members 2 and 0, in this order."""
+    between, n = linked(member), member.size
+    following, before = (member.index + 1) % n, (member.index - 1) % n
+    got = [torch.empty(2), torch.empty(3)]
+    started = [between.receive(got[tag], before, tag=tag) for tag in (1, 0)]
+    started += [between.send(torch.full((2 + tag,), float(member.index)), following, tag=tag) for tag in (0, 1)]
+    for pending in started:
+        pending.wait()
+    ring_bytes, total = between.sent_bytes, torch.tensor([float(member.index)])
+    if member.index in (2, 0):
+        among = between.sub([2, 0])
+        assert (among.index, among.size) == (int(member.index == 0), 2)
+        among.all_reduce(total).wait()
+        again = between.sub([2, 0])
+        again.broadcast(total).wait()
+    return [tensor.tolist() for tensor in got], ring_bytes, total.item(), between.sent_bytes - ring_bytes
+
+
+def test_two_members_and_some_of_them(pool):
+    told = pool.run(pairs, 3)
+    for index, (got, ring_bytes, _, _) in enumerate(told):
+        before = float((index - 1) % 3)
+        assert got == [[before] * 2, [before] * 3] and ring_bytes == 4 * 5
+    assert [total for _, _, total, _ in told] == [2.0, 1.0, 2.0]
+    assert [extra for *_, extra in told] == [all_reduce_bytes(4, 2), 0, all_reduce_bytes(4, 2) + 4]
+
+
+def aborted(member):
+    """Member 0 breaks the link while the others wait for it."""
+    between = linked(member, timeout_s=20.0)
+    if member.size > 1:
+        between.all_reduce(torch.zeros(1)).wait()
+    start = time.monotonic()
+    try:
+        if member.index == 0:
+            waiting = between.receive(torch.empty(1), 1)
+            between.abort()
+        else:
+            waiting = between.all_reduce(torch.zeros(1))
+        waiting.wait()
+    except LinkError:
+        return time.monotonic() - start
+
+
+def test_an_aborted_link_fails_what_waits_for_it_at_once(pool):
+    assert all(seconds is not None and seconds < 10 for seconds in pool.run(aborted, 3))
+
+
+def test_a_link_of_one_member_gives_back_what_it_is_given():
+    between, tensor, into = LocalLink(), torch.arange(6.0).view(1, 6), torch.empty(1, 6)
+    for exchange in (between.all_gather, between.all_to_all, between.reduce_scatter):
+        exchange(into.zero_(), tensor).wait()
+        assert torch.equal(into, tensor)
+    assert between.sub([0]) is between and between.sent_bytes == 0
+
+
+def test_replicas_of_a_hierarchy_know_their_groups():
+    """Two groups of three: neighbours agree first, then counterparts."""
+
+    def groups(replica):
+        place = Coordinates.of(replica, replicas=6, ranks=1, local_rank=0, local_ranks=1)
+        return [(group.index, group.size, group.name) for group in place.groups((3, 2))]
+
+    inner, outer = zip(*[groups(replica) for replica in range(6)], strict=True)
+    assert [(index, size) for index, size, _ in inner] == [(0, 3), (1, 3), (2, 3)] * 2
+    assert [(index, size) for index, size, _ in outer] == [(0, 2)] * 3 + [(1, 2)] * 3
+    assert len({name for *_, name in inner[:3]}) == 1 and len({name for *_, name in inner}) == 2
+    assert [name for *_, name in outer[:3]] == [name for *_, name in outer[3:]] and len({n for *_, n in outer}) == 3
