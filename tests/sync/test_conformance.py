@@ -79,7 +79,7 @@ def test_bytes_on_the_wire_are_those_announced(name, replicas, pool):
 def test_state_on_a_rank_is_what_is_announced(name):
     """What is kept between steps; buffers to send from come on top."""
     model = tiny_llama().float()
-    replica = ModuleReplica(Masters(model, torch.float32), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.float32), SGD(), mesh=Mesh.alone())
     options = choose(SYNCS, name)
     sync = options.build(SyncContext(link=LocalLink(), steps=1))
     sync.start(replica)

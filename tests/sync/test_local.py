@@ -131,7 +131,7 @@ def lossy(member):
     model = torch.nn.Linear(1, 1, bias=False).double()
     with torch.no_grad():
         model.weight.fill_(1.0)
-    replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=0.1), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(model, torch.float64), SGD(lr=0.1), mesh=Mesh.alone())
     reducer = Halves(between)
     outer = OuterSGD(OuterOptions(lr=1.0, momentum=0.5))
     sync = PeriodicSync(SyncContext(link=between, steps=4), every=2, reducer=reducer, is_exact=False, outer=outer)
@@ -168,7 +168,7 @@ def asked_to_stop(member):
     between = link.connect(
         member.store, index=member.index, size=member.size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True
     )
-    replica = ModuleReplica(Masters(torch.nn.Linear(2, 2).double(), torch.float64), SGD(), None, mesh=Mesh.alone())
+    replica = ModuleReplica(Masters(torch.nn.Linear(2, 2).double(), torch.float64), SGD(), mesh=Mesh.alone())
     for shard in replica.shards:
         torch.nn.init.ones_(shard.parameter)
     sync = DiLoCo(every=3).build(SyncContext(link=between, steps=9))

@@ -33,7 +33,7 @@ def scaled_steps(member, run, steps):
         model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.ones_(model.weight)
         scale = LossScale(LossScaleConfig(initial=8.0, growth_steps=2))
-        replica = ModuleReplica(Masters(model, torch.float32), SGD(lr=0.5), None, mesh=Mesh.alone(), loss_scale=scale)
+        replica = ModuleReplica(Masters(model, torch.float32), SGD(lr=0.5), mesh=Mesh.alone(), loss_scale=scale)
         sync = build_sync(run.syncs, world.links, steps=steps, seed=0)
         sync.start(replica)
         told = []
@@ -87,7 +87,7 @@ def bad_at_the_end(member, run):
     with world_of(member, run) as world:
         model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.ones_(model.weight)
-        replica = ModuleReplica(Masters(model, torch.float32), SGD(lr=0.5), None, mesh=Mesh.alone())
+        replica = ModuleReplica(Masters(model, torch.float32), SGD(lr=0.5), mesh=Mesh.alone())
         sync = build_sync(run.syncs, world.links, steps=2, seed=0)
         sync.start(replica)
         for step, gradient in ((1, 1.0), (2, torch.inf)):
