@@ -11,7 +11,6 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.registry import OPTIMIZERS
 from paceline.train.adjustments import adjustments
-from paceline.train.again import _Taking
 from paceline.train.loss_scale import LossScale
 from paceline.train.replica import ModuleReplica
 
@@ -215,7 +214,7 @@ def test_gradients_for_an_estimate_of_curvature_are_not_adjusted():
     gradients = {shard.name: torch.from_numpy(rng(1).normal(size=shard.parameter.shape)) for shard in held.shards}
     for shard in held.shards:
         shard.parameter.grad = gradients[shard.name].clone()
-    length = _Taking(held).finish(lambda wish: wish).gradient_norm
+    length = held.lend_unscaled()
     assert length == pytest.approx(norm(g.numpy() for g in gradients.values()), rel=1e-12)
     assert all(torch.equal(held.local[name].grad, gradient) for name, gradient in gradients.items())
 
