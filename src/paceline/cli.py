@@ -110,6 +110,43 @@ def lr_range(
     _finish(f"{found.words()}\npicture: {output}", {**found.values(), "path": str(output)}, as_json)
 
 
+@app.command("noise-scale")
+def noise_scale(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    batches: Annotated[int, typer.Option(min=3, help="Steps whose gradients are taken.")] = 8,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Estimate the gradient-noise scale of a run, which says how large a batch is worth its sequences."""
+    from paceline.config import read
+    from paceline.recipes.noise_scale import noise_scale as run
+
+    found = run(read(config, overrides or []), batches=batches, debug=debug)
+    _finish(found.words(), found.values(), as_json)
+
+
+@app.command()
+def seeds(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    chosen: Annotated[str, typer.Option("--seeds", help="Numbers with commas between them.")] = "0,1,2",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a config once for each of some seeds, and show how far the results lie apart by chance."""
+    from paceline.config import read
+    from paceline.errors import ConfigError
+    from paceline.recipes.seeds import seeds as run
+
+    try:
+        numbers = [int(word) for word in chosen.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds={chosen!r}: expected numbers with commas between them, such as 0,1,2") from None
+    found = run(read(config, overrides or []), numbers, debug=debug)
+    _finish(found.text(), found.values(), as_json)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),

@@ -157,8 +157,9 @@ class BatchConfig(Options):
     """Sequences of one step, over all ranks."""
     sequence_tokens: Count = 512
     """Tokens of one sequence."""
-    micro: Count | None = None
-    """Sequences of one forward pass per data-parallel rank; default: all of the rank's share at once."""
+    micro: Count | Literal["auto"] | None = None
+    """Sequences of one forward pass per data-parallel rank; default: all of the rank's share at once. ``auto``: as
+    many as fit into memory, tried before the first step."""
     warmup: BatchWarmup | None = None
     """A smaller batch at the start, such as ``{start: 8, steps: 200, by: 8}``."""
 

@@ -77,7 +77,7 @@ def test_report_is_written_again(folder):
 def test_version_and_help(folder):
     assert paceline(folder, "--version").out.startswith("paceline 0.")
     help_text = paceline(folder, "--help").out
-    commands = ("train", "lr-range", "demo", "init", "schema", "report", "generate")
+    commands = ("train", "lr-range", "noise-scale", "seeds", "demo", "init", "schema", "report", "generate")
     assert all(f"  {name} " in help_text for name in commands)
     assert paceline(folder, "trian").status == 2
 

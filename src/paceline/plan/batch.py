@@ -36,14 +36,17 @@ class BatchPlan:
 
 
 def plan_batch(batch: BatchConfig, data_parallel: int) -> BatchPlan:
-    """Deal the batch out; ``PlanError`` for fewer sequences than ranks, or ``micro`` above a rank's share."""
+    """Deal the batch out; ``PlanError`` for fewer sequences than ranks, or ``micro`` above a rank's share.
+
+    With ``micro=auto``, which is settled in the run itself, as if all of the share fitted.
+    """
     if batch.sequences < data_parallel:
         raise PlanError(
             f"batch.sequences={batch.sequences} is fewer than the {data_parallel} data-parallel ranks, so some would "
             f"have nothing to do. Use at least {data_parallel} sequences, or fewer replicas."
         )
     share = -(-batch.sequences // data_parallel)
-    micro = share if batch.micro is None else batch.micro
+    micro = batch.micro if isinstance(batch.micro, int) else share
     if micro > share:
         raise PlanError(
             f"batch.micro={micro} is more than a rank's share of {share} sequences "
@@ -56,6 +59,11 @@ def plan_batch(batch: BatchConfig, data_parallel: int) -> BatchPlan:
         micro=micro,
         micro_batches=-(-share // micro),
     )
+
+
+def micro_sizes(share: int) -> list[int]:
+    """Rows of one micro-batch that are worth trying, falling: for each number of micro-batches, the fewest that do."""
+    return sorted({-(-share // count) for count in range(1, share + 1)}, reverse=True)
 
 
 def sequences_of(batch: BatchConfig, step: int) -> int:

@@ -1,5 +1,7 @@
 """What a config comes to before anything is built: the grid of a replica's ranks, and the batch dealt out to them."""
 
+from typing import Any
+
 from paceline.config import BatchConfig, Config
 from paceline.errors import PlanError
 from paceline.plan.adjustments import check_adjustments
@@ -38,12 +40,14 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
     return grid, batch
 
 
-def plan_batches(config: Config) -> Batches:
-    """The batch of every step; ``PlanError`` if that of some step cannot be dealt out.
+def plan_batches(config: Config, micro: int | None = None) -> Batches:
+    """The batch of every step; ``PlanError`` if that of some step cannot be dealt out. ``micro``: what ``auto`` is.
 
     While the batch grows, a step is cut as that of a run whose batch is so large would be, but for a ``micro`` above a
     rank's share: then the share is one micro-batch.
     """
+    if micro is not None:
+        config = config.model_copy(update={"batch": config.batch.model_copy(update={"micro": micro})})
     full, warmup = _plan(config, config.batch), config.batch.warmup
     if warmup is None:
         return Batches(full=full)
@@ -53,8 +57,8 @@ def plan_batches(config: Config) -> Batches:
         sequences = sequences_of(config.batch, step)
         if sequences not in plans:
             share = -(-sequences // full.data_parallel)
-            micro = config.batch.micro and min(config.batch.micro, share)
-            smaller = config.batch.model_copy(update={"sequences": sequences, "micro": micro, "warmup": None})
+            own: Any = min(config.batch.micro, share) if isinstance(config.batch.micro, int) else config.batch.micro
+            smaller = config.batch.model_copy(update={"sequences": sequences, "micro": own, "warmup": None})
             try:
                 plans[sequences] = _plan(config, smaller)
             except PlanError as error:
@@ -73,6 +77,11 @@ def _plan(config: Config, batch: BatchConfig) -> BatchPlan:
 def _with_micro(batch: BatchConfig, config: Config, data_parallel: int) -> BatchConfig:
     """A pipeline's micro-batches are as large as they can be with two for every rank of it, unless the config says."""
     stages = config.layout.pipeline
+    if batch.micro == "auto" and stages > 1:
+        raise PlanError(
+            f"batch.micro=auto with layout.pipeline={stages} is not built: the schedule of a pipeline asks for a "
+            "number of micro-batches of its own. Leave batch.micro out, or give a number"
+        )
     if batch.micro is not None or stages == 1 or batch.sequences < data_parallel:
         return batch
     share = -(-batch.sequences // data_parallel)

@@ -60,7 +60,7 @@ class Plan:
         return {
             "config": self.config.tree(),
             "model": asdict(self.model),
-            "batch": {**asdict(self.batch), "tokens": self.batch.tokens, "filling": self.batch.filling},
+            "batch": {**self._dealt(), "tokens": self.batch.tokens, "filling": self.batch.filling},
             "rates": rates(self.config, self.batches),
             "precision": self.precision.name,
             "ranks": [
@@ -82,7 +82,7 @@ class Plan:
             f"model      {self.model.parameters:,} parameters in {self.model.tensors} tensors, "
             f"{self.model.layers} blocks{open_note}",
             f"batch      {b.sequences} sequences x {b.sequence_tokens} tokens = {b.tokens:,} tokens a step"
-            f" = {b.data_parallel} rank(s) x {b.micro_batches} micro-batch(es) x {b.micro} sequence(s){filling}",
+            f" = {b.data_parallel} rank(s) x {self._micro_words()}{filling}",
             *self._line("", growth_words(c, self.batches)),
             f"run        {c.train.steps:,} steps, {self.tokens:,} tokens, into {c.train.output}",
             f"precision  {self._precision_words()}",
@@ -104,6 +104,19 @@ class Plan:
             f"this machine: {processor_name()}, {cores()} core(s)",
         ]
         return "\n".join(lines)
+
+    @property
+    def _is_auto(self) -> bool:
+        return self.config.batch.micro == "auto"
+
+    def _dealt(self) -> dict[str, Any]:
+        """The batch, as far as it is known before the run."""
+        return {**asdict(self.batch), **({"micro": "auto", "micro_batches": "auto"} if self._is_auto else {})}
+
+    def _micro_words(self) -> str:
+        if self._is_auto:
+            return f"{self.batch.micro} sequence(s), micro auto: as many at once as fit, tried before the first step"
+        return f"{self.batch.micro_batches} micro-batch(es) x {self.batch.micro} sequence(s)"
 
     def _precision_words(self) -> str:
         how = "asked" if self.config.precision != "auto" else "auto"
@@ -131,7 +144,7 @@ class Plan:
         return f"at most {self.logit_rows} positions at a time"
 
     def _memory_rows(self) -> list[tuple[str, int]]:
-        m = self.memory
+        m, one = self.memory, ", one sequence" if self._is_auto else ""
         return [
             (f"{self.precision.stored} weights, which learn", m.master_weights),
             ("weights to compute with", m.compute_weights),
@@ -139,8 +152,8 @@ class Plan:
             ("optimizer state", m.optimizer),
             *([("copies of the weights", m.copies)] if m.copies else []),
             ("sync buffers", m.sync),
-            ("activations (estimate)", m.activations_estimate),
-            ("logits (estimate)", m.logits_estimate),
+            (f"activations (estimate{one})", m.activations_estimate),
+            (f"logits (estimate{one})", m.logits_estimate),
         ]
 
     def _duty(self, rank: int) -> str:
@@ -177,6 +190,7 @@ def explain(config: Config) -> Plan:
     logit_rows = _logit_rows(config, -(-sizes.vocabulary // grid.tensor))
     optimizer: Any = config.optimizer
     check_groups(optimizer, list(shapes))
+    tried = plan_batches(config, 1).full if config.batch.micro == "auto" else batch
     return Plan(
         config=config,
         model=sizes,
@@ -186,7 +200,7 @@ def explain(config: Config) -> Plan:
         grid=grid,
         memory=rank_memory(
             sizes,
-            batch,
+            tried,
             grid=grid,
             zero=config.layout.zero,
             precision=precision,

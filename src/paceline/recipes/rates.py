@@ -41,9 +41,10 @@ def growth_words(config: Config, batches: Batches) -> str | None:
     grows, first = config.batch.warmup, batches.at(1)
     if grows is None:
         return None
+    many = "" if config.batch.micro == "auto" else f"{first.micro_batches} micro-batch(es) x "
     return (
-        f"from {first.sequences} sequences = {first.data_parallel} rank(s) x {first.micro_batches} micro-batch(es) x "
-        f"{first.micro} in step 1, by {grows.by} at a time, full from step {grows.steps + 1:,} on"
+        f"from {first.sequences} sequences = {first.data_parallel} rank(s) x {many}{first.micro} in step 1, "
+        f"by {grows.by} at a time, full from step {grows.steps + 1:,} on"
     )
 
 

@@ -25,6 +25,7 @@ Record = Mapping[str, Any]
 EVENT_KINDS = (
     "start",
     "resume",
+    "micro",
     "checkpoint",
     "evaluate",
     "skip",

@@ -1,6 +1,6 @@
 """From a config to the parts of a training loop on one rank, in the order in which the data flows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from paceline.sync.hierarchy import build_sync
 from paceline.train.adjustments import adjustments
 from paceline.train.average import Average, check_statistics
 from paceline.train.build import Built, Goal, build
+from paceline.train.micro import Trial, choose_micro
 from paceline.train.perturb import Perturb
 from paceline.train.rate import Rate
 from paceline.train.state import Variant
@@ -155,24 +156,33 @@ def assemble(
     *,
     module: nn.Module | None = None,
     objective: Objective | None = None,
+    saves: bool = True,
     say: Say = print,
 ) -> Parts:
-    """Build every part of this rank. ``module`` and ``objective`` take the place of those the config names."""
+    """Build every part of this rank. ``module`` and ``objective`` take the place of those the config names.
+
+    ``saves=False``: nothing is written to the run's folder.
+    """
     precision = resolve_precision(config, world.device.units)
     material = _material(config, module=module, objective=objective, say=say)
     peak = matmul_flops_per_s(world.device, getattr(torch, precision.compute))
     peak_flops_per_s = world.coordinates.global_ranks * peak
-    return put_together(config, world, material, precision=precision, peak_flops_per_s=peak_flops_per_s)
+    return put_together(config, world, material, precision=precision, peak_flops_per_s=peak_flops_per_s, saves=saves)
 
 
 def put_together(
-    config: Config, world: World, material: Material, *, precision: Precision, peak_flops_per_s: float
+    config: Config,
+    world: World,
+    material: Material,
+    *,
+    precision: Precision,
+    peak_flops_per_s: float,
+    saves: bool = True,
 ) -> Parts:
     """Cut the model as the config's layout says, deal out the rows, and build what the loop needs besides."""
     device = world.device
     variant, writes = which_variant(config, world.coordinates)
     _, batch = plan_run(config)
-    batches = plan_batches(config)
     assert batch.data_parallel == world.data_ranks
     model, source, options, context = material.model, material.source, material.options, material.context
     sizes = model_sizes(model, context.special.vocabulary)
@@ -209,6 +219,19 @@ def put_together(
         seed=config.seed,
         compiled=config.train.compile,
     )
+    micro = None
+    if config.batch.micro == "auto":
+        trial = Trial(
+            built=built,
+            world=world,
+            objective=material.objective,
+            rows=material.train[0],
+            row_tokens=options.row_tokens(context),
+            seed=config.seed,
+            to_come_bytes=_to_come_bytes(config, world, built, shapes),
+        )
+        micro = choose_micro(trial, batch.micro)
+    batches = plan_batches(config, micro)
     return Parts(
         config=config,
         world=world,
@@ -233,12 +256,26 @@ def put_together(
         perturb=perturb,
         sync=build_sync(config.syncs, world.links, steps=config.train.steps, seed=config.seed),  # type: ignore[arg-type]
         variant=variant,
-        evaluator=_evaluator(config, world, material, built, batch),
-        checkpointer=_checkpointer(config, world, variant) if writes else None,
+        evaluator=_evaluator(config, world, material, built, batches.full),
+        checkpointer=_checkpointer(config, world, variant) if writes and saves else None,
         dropped_tokens=material.dropped_tokens,
         file_streams=material.order.streams if isinstance(material.order, FileOrder) else None,
         peak_flops_per_s=peak_flops_per_s,
     )
+
+
+def _to_come_bytes(config: Config, world: World, built: Built, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """What a rank holds from the first step on besides weights, gradients and activations; a save copies it to main
+    memory, with the weights."""
+    optimizer: Any = config.optimizer
+    average: Any = config.average
+    sync: Any = config.sync
+    own = {shard.name: tuple(shard.local.shape) for shard in built.replica.shards}
+    numel = sum(shard.local.numel() for shard in built.replica.shards)
+    kept: int = optimizer.state_bytes(shapes) // world.mesh.world.size + 4 * numel * average.keeps
+    buckets: int = sync.state_bytes(own) if world.link.size > 1 else 0
+    copied = kept + 4 * numel if world.device.torch_device.type == "cpu" and world.coordinates.replica == 0 else 0
+    return kept + buckets + copied
 
 
 def _material(config: Config, *, module: nn.Module | None, objective: Objective | None, say: Say) -> Material:

@@ -30,6 +30,10 @@ def open_records(loop: Loop, *, display: bool = True, extra: Sequence[Tracker] =
         loop.trackers.event("resume", f"continues from step {loop.step}; {text}", step=loop.step)
     else:
         loop.trackers.event("start", text, step=0)
+    if config.batch.micro == "auto":
+        full = loop.parts.batches.full
+        text = f"batch.micro=auto: {full.micro} sequence(s) of a rank at once, {full.micro_batches} time(s) a step"
+        loop.trackers.event("micro", text, step=loop.step)
     for warning in _warnings(loop.parts):
         loop.trackers.event("warning", warning, step=loop.step)
     return info
