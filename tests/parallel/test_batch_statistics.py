@@ -51,6 +51,7 @@ SHARED = {
     "layout.pipeline=2": {"layout": {"pipeline": 2}},
     "layout.recompute=full": {"layout": {"recompute": "full"}},
     "batch.micro=2": {"batch": {"micro": 2}},
+    "batch.micro=auto": {"batch": {"micro": "auto"}},
 }
 
 

@@ -49,3 +49,8 @@ def test_micro_batches_do_not_change_it_and_it_may_be_of_the_start(folder):
 def test_too_few_batches_are_refused(folder):
     ended = paceline(folder, "noise-scale", str(tiny_config(folder)), "--batches", "2")
     assert ended.status == 2 and "3" in ended.err
+
+
+def test_replicas_that_learn_alone_have_no_one_gradient(folder):
+    ended = paceline(folder, "noise-scale", str(tiny_config(folder, replicas=2, sync="diloco")))
+    assert ended.status != 0 and "sync=diloco: replicas that learn alone are at places of their own" in ended.err

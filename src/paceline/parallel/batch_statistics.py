@@ -52,6 +52,8 @@ def _shared(config: Config, batch: BatchPlan) -> Iterator[str]:
     for axis in ("shard", "context", "tensor", "pipeline"):
         if (size := getattr(config.layout, axis)) > 1:
             yield f"layout.{axis}={size}"
+    if config.batch.micro == "auto":
+        yield "batch.micro=auto"
     if batch.micro_batches > 1:
         yield f"batch.micro={batch.micro}"
     if config.layout.recompute != "none":

@@ -81,6 +81,11 @@ def noise_scale(config: Config, *, batches: int = 8, debug: bool = False, say: S
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
     if torchrun.started_by_torchrun():
         raise PlanError("noise-scale starts its ranks itself: run it without torchrun, on one machine")
+    if not config.keeps_equal:
+        raise PlanError(
+            f"{config.learning_alone}: replicas that learn alone are at places of their own, each with another gradient. "
+            "Measure with sync=all_reduce"
+        )
     full = config.batch.model_copy(update={"warmup": None})
     checkpoint = config.checkpoint.model_copy(update={"resume": "auto"})
     config = config.model_copy(update={"batch": full, "checkpoint": checkpoint})

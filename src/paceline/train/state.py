@@ -158,7 +158,7 @@ def placed(tensor: Tensor, name: str, replica: ModuleReplica) -> TensorState:
 def _parameter_of(slot: str) -> str:
     """The parameter or buffer that an entry belongs to."""
     section, _, rest = slot.partition("/")
-    return rest if section in {"model", "average"} else rest.rpartition("/")[0]
+    return rest if section in {"model", "average", "adjustment"} else rest.rpartition("/")[0]
 
 
 def _like(local: Tensor, name: str, replica: ModuleReplica) -> TensorState:
