@@ -83,8 +83,8 @@ def noise_scale(config: Config, *, batches: int = 8, debug: bool = False, say: S
         raise PlanError("noise-scale starts its ranks itself: run it without torchrun, on one machine")
     if not config.keeps_equal:
         raise PlanError(
-            f"{config.learning_alone}: replicas that learn alone are at places of their own, each with another gradient. "
-            "Measure with sync=all_reduce"
+            f"{config.learning_alone}: replicas that learn alone are at places of their own, each with another "
+            "gradient. Measure with sync=all_reduce"
         )
     full = config.batch.model_copy(update={"warmup": None})
     checkpoint = config.checkpoint.model_copy(update={"resume": "auto"})
