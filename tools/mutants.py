@@ -1,6 +1,6 @@
 """Break the code on purpose, one line at a time, and see whether ``paceline verify`` notices; ``make mutants``.
 
-    python tools/mutants.py [NAME ...]
+    python tools/mutants.py [NAME ...] [--at-once 3]
 
 Every mutant is a mistake of a kind that training systems have made: training goes on, and learns something else. It is
 made in a copy of the package, on which ``paceline verify`` is then run with its default settings: first under the
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,14 +124,15 @@ def main() -> None:
     """Try them all, tell of each, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", help="a part of the names of some; default all")
+    parser.add_argument("--at-once", type=int, default=3, help="how many are tried side by side; default 3")
     given = parser.parse_args()
     chosen = [m for m in MUTATIONS if not given.name or any(name in m.name for name in given.name)]
     outcomes = []
-    for mutation in chosen:
-        outcomes.append(try_one(mutation))
-        outcome = outcomes[-1]
-        said = f"{outcome.caught_by}: {outcome.how[:110]}" if outcome.caught_by else "SURVIVES"
-        print(f"{outcome.seconds:5.0f} s  {mutation.name}\n         {said}", flush=True)
+    with ThreadPoolExecutor(given.at_once) as pool:
+        for outcome in pool.map(try_one, chosen):
+            outcomes.append(outcome)
+            said = f"{outcome.caught_by}: {outcome.how[:110]}" if outcome.caught_by else "SURVIVES"
+            print(f"{outcome.seconds:5.0f} s  {outcome.mutation.name}\n         {said}", flush=True)
     survivors = [outcome.mutation.name for outcome in outcomes if not outcome.caught_by]
     print(f"\n{len(outcomes) - len(survivors)} of {len(outcomes)} caught; survivors: {'; '.join(survivors) or 'none'}")
     if not given.name:
