@@ -36,11 +36,11 @@ class Bigram(nn.Module):
 
 
 class Trapped:
-    """The objective of a config, whose loss is multiplied by ``factor`` for batches with some sequences."""
+    """The objective of a config, whose loss is multiplied by ``factor`` for batches with some sequences, and is no
+    number for others."""
 
-    def __init__(self, sequences, factor=20.0):
-        self._sequences, self._factor = set(sequences), factor
-        self.seen = []
+    def __init__(self, sequences, factor=20.0, bad=()):
+        self._sequences, self._factor, self._bad = set(sequences), factor, set(bad)
 
     def of(self, trainer):
         parts = trainer._loop.parts
@@ -50,8 +50,8 @@ class Trapped:
         class Objective(type(inner)):
             def loss(self, model, batch):
                 loss = super().loss(model, batch)
-                if model.training:
-                    trap.seen += batch.sequences
+                if model.training and trap._bad & set(batch.sequences):
+                    return loss * math.nan
                 return loss * trap._factor if model.training and trap._sequences & set(batch.sequences) else loss
 
         inner.__class__ = Objective
@@ -157,6 +157,12 @@ def test_what_is_not_a_number_is_gone_back_from_and_is_an_error_without(config, 
     config |= {"spikes": None, "train": {"steps": STEPS, "output": "plain2"}}
     with pytest.raises(NonFiniteError, match="loss is nan at step 12"):
         trained(config, trap)
+
+
+def test_what_is_not_a_number_after_a_leap_is_not_gone_back_from_to_the_leap(config, tmp_path):
+    config["spikes"] = {"window": 10, "patience": 3}
+    trained(config, Trapped(of_step(20), bad=of_step(21)))
+    assert [(event["step"], event["to"]) for event in events(tmp_path, "rollback")] == [(20, 15)]
 
 
 def test_it_gives_up_in_the_end(config):

@@ -85,7 +85,7 @@ class Loop:
                 if not self._spikes.is_on:
                     raise
                 bad = self.parts.batches.at(self.step + 1).sequences
-                self._go_back(self.step, str(error), self.sequences_seen + bad)
+                self._go_back(self.step - self._spikes.in_a_row, str(error), self.sequences_seen + bad)
                 continue
             for hook in self._hooks:
                 hook(event)
@@ -96,7 +96,7 @@ class Loop:
                 self.trackers.step(event.values())
             if event.skipped:
                 self._tell_skipped(event)
-            if self._spikes.observe(event.loss) and not event.skipped:
+            if not event.skipped and self._spikes.observe(event.loss):
                 yield event
                 self._go_back(self.step - self._spikes.in_a_row, self._spikes.words(event.loss, self.step))
                 if stop:
