@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from paceline.comm.boxes import Shape
 from paceline.config import Count, Fraction, NonNegative, Positive
 from paceline.optim.base import GroupedConfig, Sees, Shapes, StateKind, parameter_groups
-from paceline.optim.matrices import Directions, MatrixOptimizer, as_stack, is_matrix
+from paceline.optim.matrices import Directions, MatrixOptimizer, as_stack, eigen, is_matrix
 from paceline.parallel.full import FullTensors
 
 
@@ -118,7 +118,7 @@ class _Shampoo(MatrixOptimizer):
 
 def inverse_root(covariance_MNN: Tensor, order: int, ridge: float) -> Tensor:
     """The power -1/order of symmetric matrices without negative eigenvalues, but for rounding; 0 for one that is 0."""
-    values_MN, vectors_MNN = torch.linalg.eigh(covariance_MNN)
+    values_MN, vectors_MNN = eigen(covariance_MNN)
     greatest_M1 = values_MN[:, -1:]
     powers_MN = (values_MN.clamp(min=0) + ridge * greatest_M1).pow(-1 / order).where(greatest_M1 > 0, 0.0)
     root_MNN: Tensor = (vectors_MNN * powers_MN.unsqueeze(-2)) @ vectors_MNN.mT

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from paceline.config import Count, Fraction, NonNegative, Positive
 from paceline.optim.base import GroupedConfig, Sees, Shapes, StateKind, parameter_groups
-from paceline.optim.matrices import Directions, MatrixOptimizer, as_stack, is_matrix
+from paceline.optim.matrices import Directions, MatrixOptimizer, as_stack, eigen, is_matrix
 from paceline.optim.shampoo import add_covariances, eigen_cost, empty_sides, sides_numel
 from paceline.parallel.full import FullTensors
 
@@ -126,14 +126,14 @@ class _SOAP(MatrixOptimizer):
 
 def eigenbasis(covariance_MNN: Tensor) -> Tensor:
     """Eigenvectors, those of the greatest values first; where values are rounding alone, those of a fixed matrix."""
-    values_MN, vectors_MNN = torch.linalg.eigh(covariance_MNN)
+    values_MN, vectors_MNN = eigen(covariance_MNN)
     size = values_MN.shape[-1]
     fixed_NN = torch.arange(size, 0, -1, dtype=values_MN.dtype, device=values_MN.device).diag() / size
     known_MN = values_MN > size * torch.finfo(values_MN.dtype).eps * values_MN[:, -1:]
     for vectors_NN, unknown in zip(vectors_MNN, (~known_MN).sum(-1).tolist(), strict=True):
         if unknown:
             open_NU = vectors_NN[:, :unknown]
-            vectors_NN[:, :unknown] = open_NU @ torch.linalg.eigh(open_NU.mT @ fixed_NN @ open_NU).eigenvectors
+            vectors_NN[:, :unknown] = open_NU @ eigen((open_NU.mT @ fixed_NN @ open_NU).unsqueeze(0))[1][0]
     basis_MNN: Tensor = vectors_MNN.flip(-1).contiguous()
     return basis_MNN
 
