@@ -1,11 +1,12 @@
 """What travels over a link, and that its bytes are those of the formulas."""
 
+import os
 import time
 
 import pytest
 import torch
 
-from paceline.comm import link
+from paceline.comm import link, shared
 from paceline.comm.link import LocalLink
 from paceline.comm.ranks import Coordinates
 from paceline.errors import LinkError
@@ -140,7 +141,62 @@ def test_two_members_and_some_of_them(pool):
     assert [extra for *_, extra in told] == [all_reduce_bytes(4, 2), 0, all_reduce_bytes(4, 2) + 4]
 
 
-def aborted(member):
+NUMELS = (8_192, 100_001, 8_192, 8_192, 50_001)
+"""All are large enough for shared memory; some of one size are on their way together."""
+
+
+def large(member):
+    """Sums of many sizes and dtypes, ended in another order by each member, again and again."""
+    between, totals = linked(member), []
+    assert between._shared is not None
+    for turn in range(4):
+        generator = torch.Generator().manual_seed(100 * turn + member.index)
+        tensors = [torch.randn(n, generator=generator, dtype=torch.float64) for n in NUMELS]
+        tensors.append(tensors[0].to(torch.bfloat16).repeat(3))
+        pending = [between.all_reduce(tensor) for tensor in tensors]
+        for i in range(len(pending)):
+            pending[(i * (1 + 4 * (member.index % 2))) % len(pending)].wait()
+        pending[0].wait()  # once more, which does nothing
+        totals.append(tensors)
+    rooms = sum(len(rooms) for rooms in between._shared._own.values())
+    return totals, between.sent_bytes, rooms
+
+
+@MEMBERS
+def test_large_tensors_are_summed_in_the_order_of_members_over_memory_that_is_used_again(pool, members):
+    told = pool.run(large, members)
+    for turn in range(4):
+        drawn = [torch.Generator().manual_seed(100 * turn + index) for index in range(members)]
+        for i, numel in enumerate(NUMELS):
+            own = [torch.randn(numel, generator=generator, dtype=torch.float64) for generator in drawn]
+            if i == 0:
+                short = [tensor.to(torch.bfloat16).repeat(3) for tensor in own]
+                assert all(torch.equal(totals[turn][-1], sum(short[1:], short[0])) for totals, *_ in told)
+            assert all(torch.equal(totals[turn][i], sum(own[1:], own[0])) for totals, *_ in told)
+    sizes = [8 * numel for numel in NUMELS] + [2 * 3 * NUMELS[0]]
+    assert all(sent_bytes == 4 * sum(all_reduce_bytes(size, members) for size in sizes) for _, sent_bytes, _ in told)
+    assert all(rooms <= 3 * len(sizes) for _, _, rooms in told)  # of 24: a member may be two turns ahead of a slow one
+
+
+def apart(member):
+    """Member 1 finds something else where another one wrote."""
+    if member.index == 1:
+        shared._open, before = (lambda process, fd: os.memfd_create("other")), shared._open
+    try:
+        between = linked(member)
+    finally:
+        if member.index == 1:
+            shared._open = before
+    total = torch.full((100_000,), float(member.index))
+    between.all_reduce(total).wait()
+    return between._shared is None, total[0].item(), bool((total == total[0]).all())
+
+
+def test_where_one_cannot_read_the_memory_of_another_all_use_sockets(pool):
+    assert pool.run(apart, 3) == [(True, 3.0, True)] * 3
+
+
+def aborted(member, numel):
     """Member 0 breaks the link while the others wait for it."""
     between = linked(member, timeout_s=20.0)
     if member.size > 1:
@@ -151,14 +207,15 @@ def aborted(member):
             waiting = between.receive(torch.empty(1), 1)
             between.abort()
         else:
-            waiting = between.all_reduce(torch.zeros(1))
+            waiting = between.all_reduce(torch.zeros(numel))
         waiting.wait()
     except LinkError:
         return time.monotonic() - start
 
 
-def test_an_aborted_link_fails_what_waits_for_it_at_once(pool):
-    assert all(seconds is not None and seconds < 10 for seconds in pool.run(aborted, 3))
+@pytest.mark.parametrize("numel", [1, 100_000])
+def test_an_aborted_link_fails_what_waits_for_it_at_once(pool, numel):
+    assert all(seconds is not None and seconds < 10 for seconds in pool.run(aborted, 3, numel))
 
 
 def test_a_link_of_one_member_gives_back_what_it_is_given():

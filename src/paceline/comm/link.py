@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
+from paceline.comm.shared import LEAST_BYTES, SharedSums, shared_sums
 from paceline.errors import LinkError
 from paceline.plan.wire import all_gather_bytes, all_reduce_bytes, all_to_all_bytes, broadcast_bytes
 
@@ -144,6 +145,18 @@ class LocalLink:
         """Nothing to break."""
 
 
+class _Late:
+    """An exchange of which the most is done when it is waited for."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish: Callable[[], None] | None = finish
+
+    def wait(self) -> None:
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
+
+
 class _Work:
     """A torch.distributed work whose failure is a ``LinkError``; what is ``left`` to do is done when it has ended."""
 
@@ -179,6 +192,8 @@ class GroupLink:
             self._group = _make_group(store, index, size, backend, timedelta(seconds=timeout_s), loopback)
         except RuntimeError as error:
             raise LinkError(f"{self._describe()} could not be formed: {_reason(error)}") from error
+        is_one_host = backend == "gloo" and loopback
+        self._shared: SharedSums | None = shared_sums(index, self._tell) if is_one_host else None
 
     @property
     def sent_bytes(self) -> int:
@@ -186,7 +201,11 @@ class GroupLink:
         return self._sent_bytes + sum(sub.sent_bytes for sub in chain(*self._subs.values()))
 
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
-        """Start the sum over all members."""
+        """Start the sum over all members, within one host over memory that they share."""
+        if self._shared is not None and tensor.nbytes >= LEAST_BYTES:
+            assert tensor.is_contiguous()
+            self._sent_bytes += all_reduce_bytes(tensor.nbytes, self.size)
+            return _Late(self._shared.start(tensor))
         return self._start(all_reduce_bytes(tensor.nbytes, self.size), lambda: self._group.allreduce([tensor]), tensor)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> Pending:
@@ -254,6 +273,17 @@ class GroupLink:
             never = self._group.recv([torch.empty(1)], (self.index + 1) % self.size, _NEVER_SENT)
             with suppress(RuntimeError):
                 never.wait(timedelta(milliseconds=1))
+
+    def _tell(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start to tell all members a small tensor, which counts for nothing; what is returned waits for theirs."""
+        into = tensor.new_empty(self.size, *tensor.shape)
+        told = self._start(0, lambda: self._group._allgather_base(into.view(-1), tensor), into, tensor)
+
+        def wait() -> torch.Tensor:
+            told.wait()
+            return into
+
+        return wait
 
     def _start(
         self,

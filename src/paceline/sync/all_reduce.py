@@ -50,7 +50,8 @@ class _Bucket:
     """A flat buffer of the gradients of a few shards, with a mark for each that has one.
 
     A parameter without a gradient in every replica must stay without one (an optimizer would decay it otherwise), so
-    the number of replicas that have it is summed along with the gradients.
+    the number of replicas that have it is summed along with the gradients. Where it can, the buffer is the gradients'
+    own memory from then on, until the next step fills it: nothing is copied back, and they are not in memory twice.
     """
 
     def __init__(self, shards: list[Shard], reduction: torch.dtype | None) -> None:
@@ -73,12 +74,20 @@ class _Bucket:
                 view.zero_()
             else:
                 view.copy_(gradient.reshape(-1))
+                if self._is_home(shard):
+                    shard.parameter.grad = None
             self.marks[i] = float(gradient is not None)
 
     def empty(self) -> None:
         present = self.marks.tolist()
         for shard, view, mark in zip(self.shards, self.views, present, strict=True):
-            shard.set_gradient(view if mark > 0 else None)
+            if self._is_home(shard):
+                shard.parameter.grad = view.view(shard.parameter.shape) if mark > 0 else None
+            else:
+                shard.set_gradient(view if mark > 0 else None)
+
+    def _is_home(self, shard: Shard) -> bool:
+        return shard.is_plain and shard.parameter.dtype == self.buffer.dtype
 
 
 class AllReduceSync:

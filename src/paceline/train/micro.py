@@ -11,6 +11,7 @@ rest follows by a straight line.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import median
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from paceline.plan.batch import micro_sizes
 from paceline.train.build import Built
 from paceline.train.memory import available_bytes, give_back, peak_bytes, reset_peak, used_bytes
 
+PASSES = 3
+"""Of each size that is measured."""
 MARGIN = 0.2
 """Of the memory that is free, what a measured pass leaves: for the allocator's gaps, and for whoever comes later."""
 
@@ -105,12 +108,13 @@ def by_trying(share: int, run: Pass) -> int:
 def by_measuring(share: int, grown: Callable[[int], int], room: int) -> int:
     """The largest size whose growth, by that at one row and at two, is at most ``room`` bytes; a single row at least.
 
-    A first pass warms up: what is made once and stays is no part of what rows take.
+    A first pass warms up: what is made once and stays is no part of what rows take. The allocator fits blocks now more
+    tightly, now less; so each is the median of some passes.
     """
     if share == 1:
         return 1
     grown(1)
-    one, two = grown(1), grown(2)
+    one, two = (median(grown(count) for _ in range(PASSES)) for count in (1, 2))
     each = two - one if two > one else two / 2
     return next(count for count in micro_sizes(share) if count == 1 or one + (count - 1) * each <= room)
 
