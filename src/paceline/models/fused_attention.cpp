@@ -27,6 +27,7 @@ namespace {
 
 constexpr int64_t R = 128;  // queries of a block
 constexpr int64_t C = 128;  // keys of a block
+constexpr int64_t D = 32;   // keys of one in which some queries do not see some keys
 
 struct Sizes {
     int64_t batch, heads, key_heads, queries, keys, width, value_width;
@@ -91,6 +92,15 @@ int64_t visible(const Sizes& z, int64_t first_query, int64_t queries) {
     return z.causal ? std::min(z.keys, first_query + queries) : z.keys;
 }
 
+// How many keys a block has from key c on. Narrow blocks along the diagonal leave out most products of which nothing is
+// seen.
+int64_t width_at(const Sizes& z, int64_t c, int64_t first_query) { return z.causal && c >= first_query ? D : C; }
+
+// How many of a block's queries see no key from key c on.
+int64_t blind_rows(const Sizes& z, int64_t c, int64_t first_query) {
+    return z.causal ? std::max<int64_t>(0, c - first_query) : 0;
+}
+
 class Forward {
   public:
     Forward(const Sizes& z, View query, View key, View value, View output, float* lse_BNQ)
@@ -109,14 +119,15 @@ class Forward {
   private:
     void rows(int64_t b, int64_t n, int64_t first, int64_t count) {
         int64_t seen = visible(z, first, count), V = z.value_width;
-        for (int64_t c = 0; c < seen; c += C) {
-            int64_t columns = std::min(C, seen - c);
-            brgemm(count, columns, z.width, query.position, z.keys, C, false, query.at(b, first, n),
-                   as_bf16(keys_HS2.data() + c), scores_RC.data());
-            for (int64_t i = 0; i < count; i++)
+        for (int64_t c = 0, columns; c < seen; c += columns) {
+            columns = std::min(width_at(z, c, first), seen - c);
+            int64_t blind = blind_rows(z, c, first), rows = count - blind;
+            brgemm(rows, columns, z.width, query.position, z.keys, C, false, query.at(b, first + blind, n),
+                   as_bf16(keys_HS2.data() + c), &scores_RC[blind * C]);
+            for (int64_t i = blind; i < count; i++)
                 softmax(i, z.causal ? std::clamp<int64_t>(first + i + 1 - c, 0, columns) : columns, columns, c == 0);
-            brgemm(count, V, even(columns), C, V, V, c > 0, as_bf16(probabilities_RC.data()),
-                   as_bf16(values_SV2.data() + c * V), output_RV.data());
+            brgemm(rows, V, even(columns), C, V, V, c > 0, as_bf16(&probabilities_RC[blind * C]),
+                   as_bf16(values_SV2.data() + c * V), &output_RV[blind * V]);
         }
         for (int64_t i = 0; i < count; i++) {
             write(&output_RV[i * V], V, 1.0f / sum_R[i], output.at(b, first + i, n));
@@ -127,7 +138,7 @@ class Forward {
     // Probabilities of row i, up to their sum, of which the first `seen` of `columns` are seen; what was summed with
     // a smaller greatest score is brought to the new one.
     void softmax(int64_t i, int64_t seen, int64_t columns, bool is_first) {
-        const float* scores = &scores_RC[i * C];
+        float* scores = &scores_RC[i * C];
         Bits* probabilities = &probabilities_RC[i * C];
         float greatest = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : greatest)
@@ -136,9 +147,10 @@ class Forward {
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < seen; j++) {
             float p = exponential(scores[j] * z.scale - greatest);
-            probabilities[j] = rounded(p);
+            scores[j] = p;
             sum += p;
         }
+        round_all(scores, seen, probabilities);
         std::fill(probabilities + seen, probabilities + even(columns), 0);
         if (is_first) {
             sum_R[i] = sum;
@@ -200,19 +212,20 @@ class Backward {
             inner_R[i] = 0.0f;
             for (int64_t j = 0; j < V; j++) inner_R[i] += static_cast<float>(g[j]) * static_cast<float>(o[j]);
         }
-        for (int64_t c = 0; c < seen; c += C) {
-            int64_t columns = std::min(C, seen - c);
-            brgemm(columns, count, H, key.position, count, R, false, key.at(b, c, k), as_bf16(queries_HR2.data()),
-                   scores_CR.data());
-            brgemm(columns, count, V, value.position, count, R, false, value.at(b, c, k), as_bf16(grads_VR2.data()),
-                   slopes_CR.data());
-            differentiate(lse_BNQ + (b * z.heads + n) * z.queries + first, c - first, columns, count);
-            brgemm(columns, V, even(count), R, V, V, true, as_bf16(probabilities_CR.data()),
-                   as_bf16(grads_RV2.data()), &grad_value_SV[c * V]);
-            brgemm(columns, H, even(count), R, H, H, true, as_bf16(score_grads_CR.data()),
-                   as_bf16(queries_RH2.data()), &grad_key_SH[c * H]);
-            brgemm(H, count, even(columns), even(z.keys), count, R, c > 0, as_bf16(keys_HS.data() + c),
-                   as_bf16(score_grads_CR2.data()), grad_query_HR.data());
+        for (int64_t c = 0, columns; c < seen; c += columns) {
+            columns = std::min(width_at(z, c, first), seen - c);
+            int64_t blind = blind_rows(z, c, first), rows = count - blind;
+            brgemm(columns, rows, H, key.position, count, R, false, key.at(b, c, k),
+                   as_bf16(queries_HR2.data() + blind), &scores_CR[blind]);
+            brgemm(columns, rows, V, value.position, count, R, false, value.at(b, c, k),
+                   as_bf16(grads_VR2.data() + blind), &slopes_CR[blind]);
+            differentiate(lse_BNQ + (b * z.heads + n) * z.queries + first, c - first, columns, blind, count);
+            brgemm(columns, V, even(rows), R, V, V, true, as_bf16(&probabilities_CR[blind]),
+                   as_bf16(&grads_RV2[blind * V]), &grad_value_SV[c * V]);
+            brgemm(columns, H, even(rows), R, H, H, true, as_bf16(&score_grads_CR[blind]),
+                   as_bf16(&queries_RH2[blind * H]), &grad_key_SH[c * H]);
+            brgemm(H, rows, even(columns), even(z.keys), rows, R, c > 0, as_bf16(keys_HS.data() + c),
+                   as_bf16(score_grads_CR2.data()), &grad_query_HR[blind]);
         }
         for (int64_t i = 0; i < count; i++) {
             Bits* out = reinterpret_cast<Bits*>(grad_query.at(b, first + i, n));
@@ -220,24 +233,28 @@ class Backward {
         }
     }
 
-    // Probabilities and the gradients of scores; key c of the block is seen from query c + ahead of it on.
-    void differentiate(const float* lse, int64_t ahead, int64_t columns, int64_t count) {
+    // Probabilities and the gradients of scores for queries from `blind` on; key c of the block is seen from query
+    // c + ahead of it on.
+    void differentiate(const float* lse, int64_t ahead, int64_t columns, int64_t blind, int64_t count) {
         for (int64_t c = 0; c < columns; c++) {
-            const float *scores = &scores_CR[c * R], *slopes = &slopes_CR[c * R], *inner = inner_R.data();
+            float *scores = &scores_CR[c * R], *slopes = &slopes_CR[c * R];
+            const float *inner = inner_R.data();
             Bits *probabilities = &probabilities_CR[c * R], *gradients = &score_grads_CR[c * R];
-            int64_t first = z.causal ? std::clamp<int64_t>(c + ahead, 0, count) : 0;
-            std::fill(probabilities, probabilities + first, 0);
-            std::fill(gradients, gradients + first, 0);
+            int64_t first = z.causal ? std::clamp<int64_t>(c + ahead, blind, count) : 0;
+            std::fill(probabilities + blind, probabilities + first, 0);
+            std::fill(gradients + blind, gradients + first, 0);
 #pragma omp simd
             for (int64_t r = first; r < count; r++) {
                 float p = exponential(scores[r] * z.scale - lse[r]);
-                probabilities[r] = rounded(p);
-                gradients[r] = rounded(p * (slopes[r] - inner[r]) * z.scale);
+                scores[r] = p;
+                slopes[r] = p * (slopes[r] - inner[r]) * z.scale;
             }
+            round_all(scores + first, count - first, probabilities + first);
+            round_all(slopes + first, count - first, gradients + first);
             std::fill(probabilities + count, probabilities + even(count), 0);
             std::fill(gradients + count, gradients + even(count), 0);
         }
-        pair_rows(score_grads_CR.data(), R, columns, count, score_grads_CR2.data());
+        pair_rows(&score_grads_CR[blind], R, columns, count - blind, score_grads_CR2.data());
     }
 
     const Sizes z;

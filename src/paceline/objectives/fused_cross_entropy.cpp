@@ -40,8 +40,9 @@ int paceline_cross_entropy(Bits* logits_CV, const int64_t* labels_C, float* loss
             if (!learns) continue;
             float share = 1.0f / sum;
 #pragma omp simd
-            for (int64_t v = 0; v < V; v++) row[v] = rounded(powers[v] * share);
-            row[label] = rounded(powers[label] * share - 1.0f);
+            for (int64_t v = 0; v < V; v++) powers[v] *= share;
+            powers[label] -= 1.0f;
+            round_all(powers, V, row);
         }
     }
     return failed;
