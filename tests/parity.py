@@ -53,11 +53,12 @@ def tiny_llama(seed: int = 0) -> nn.Module:
 
 
 def rows(step: int, sequences: int) -> list[Row]:
-    """The global batch of a step: rows of uneven lengths, one of them without a single target."""
+    """The global batch of a step: rows of uneven lengths, which of them are short depends on the step, and one of them
+    without a single target."""
     made = []
     for slot in range(sequences):
         rng = np.random.default_rng([step, slot])
-        length = SEQUENCE_TOKENS + 1 if slot % 3 else 5
+        length = SEQUENCE_TOKENS + 1 if (slot + step // 2) % 3 else 5
         tokens = rng.integers(0, VOCABULARY, length)
         made.append(Row(step * sequences + slot, tokens, np.zeros(0, np.int64), weight=0.0 if slot == 1 else 1.0))
     return made

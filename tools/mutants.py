@@ -5,8 +5,9 @@
 Every mutant is a mistake of a kind that training systems have made: training goes on, and learns something else. It is
 made in a copy of the package, on which ``paceline verify`` is then run with its default settings: first under the
 layouts that should notice, all of which are among the default ones, and if these do not, under all of them. A mutant is
-caught if verify fails, or refuses what the matrix of layouts says is proven. The survivors are named, and the exit
-status is 1 if they are more than one in twenty.
+caught if verify fails, or refuses what the matrix of layouts says is proven. Replicas that learn alone are judged by
+replicas of one process, which make the same mistake; for those the tests that should notice are run in its place.
+The survivors are named, and the exit status is 1 if they are more than one in twenty.
 """
 
 import argparse
@@ -40,6 +41,11 @@ INTRODUCTION = """# Mistakes that verify catches
 Written by `make mutants`. Each is made on purpose in a copy of the package, in one line or a few; then
 [`paceline verify`](../guides/layouts.md#verify) runs on a small model. `layout` is the first that was not equal.
 """
+TESTS = """## Of replicas that learn alone
+
+Verify judges such replicas by replicas of one process each, which make these mistakes as well. It is the tests that
+have to notice, which compare with the definitions.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ def try_one(mutation: Mutation) -> Outcome:
                 f"{mutation.name}: {mutation.path} has its line {text.count(mutation.old)} times, not once"
             )
         path.write_text(text.replace(mutation.old, mutation.new))
+        if mutation.tests:
+            return Outcome(mutation, *tested(folder, mutation.tests), time.monotonic() - began_s)
         config = folder / "config.yaml"
         tree = {**FAMILIES[mutation.family].config().tree(), "optimizer": yaml.safe_load(mutation.optimizer)}
         tree = override(tree, mutation.overrides)
@@ -103,6 +111,23 @@ def verified(config: Path, path: Path, family: str, layouts: str | None) -> tupl
     return "", ""
 
 
+def tested(path: Path, tests: Sequence[str]) -> tuple[str, str]:
+    """The first test that fails, and how; else two empty texts."""
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", *(f"tests/{name}" for name in tests)]
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    try:
+        ended = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return tests[0], "no end"
+    failed = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if ended.returncode != 0 and not failed:
+        raise SystemExit(f"{' '.join(words)}: {ended.stdout}{ended.stderr}")
+    if not failed:
+        return "", ""
+    name, _, how = failed[0].partition(" ")[2].partition(" - ")
+    return name.removeprefix("tests/").replace("::", ", "), how
+
+
 def page(outcomes: Sequence[Outcome]) -> str:
     """What was caught and how."""
     caught = sum(bool(outcome.caught_by) for outcome in outcomes)
@@ -111,12 +136,17 @@ def page(outcomes: Sequence[Outcome]) -> str:
         "| what is wrong | in | model, optimizer, options | layout | verify says |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for outcome in outcomes:
+    for outcome in (outcome for outcome in outcomes if not outcome.mutation.tests):
         mutation = outcome.mutation
         found = f"`{outcome.caught_by}`" if outcome.caught_by else "**none**"
         asked = ", ".join((mutation.family, mutation.optimizer, *mutation.overrides))
         how = outcome.how.partition(";")[0].replace("|", "\\|") or "survives"
         lines.append(f"| {mutation.name} | `{mutation.path}` | {asked} | {found} | {how} |")
+    lines += ["", TESTS, "| what is wrong | in | the test that notices |", "| --- | --- | --- |"]
+    for outcome in (outcome for outcome in outcomes if outcome.mutation.tests):
+        mutation = outcome.mutation
+        found = f"`{outcome.caught_by}`" if outcome.caught_by else "**none**"
+        lines.append(f"| {mutation.name} | `{mutation.path}` | {found} |")
     return "\n".join([*lines, ""])
 
 

@@ -16,7 +16,7 @@ class Mutation:
     old: str
     """Stands there once."""
     new: str
-    layouts: str
+    layouts: str = ""
     """Those that should notice first; all are among the default ones."""
     family: str = "llama"
     """Of ``layout_matrix.FAMILIES``."""
@@ -24,6 +24,9 @@ class Mutation:
     """Of the config, as YAML; verify judges its updates if it looks beyond single values."""
     overrides: tuple[str, ...] = ()
     """What the config says besides, as ``key.path=value``."""
+    tests: tuple[str, ...] = ()
+    """Files of tests that should notice, in place of verify: of a mistake that the replicas of one process make as well
+    by which verify judges replicas that learn alone."""
 
 
 MUTATIONS = (
@@ -658,5 +661,104 @@ MUTATIONS = (
         "torch.arange(len(sequences), device=device))",
         "replicas=2; accumulate=3",
         optimizer="sophia",
+    ),
+    # Replicas that learn alone
+    Mutation(
+        "a step that is not taken gives its replica weight in the mean",
+        "sync/alone.py",
+        "self._count * finish.stepped",
+        "self._count",
+        tests=("sync/test_precision.py",),
+    ),
+    Mutation(
+        "a rank draws the rounding of its part as if that were the whole",
+        "sync/alone.py",
+        "start=block.start, full_shape",
+        "start=block.inner, full_shape",
+        tests=("sync/test_precision.py",),
+    ),
+    Mutation(
+        "targets count for all means to come",
+        "sync/periodic.py",
+        "        self._window.zero_()\n",
+        "",
+        tests=("sync/test_local.py",),
+    ),
+    Mutation(
+        "with Nesterov the outer momentum of before counts as well",
+        "sync/diloco.py",
+        "            if not self._options.nesterov:\n",
+        "            if True:\n",
+        tests=("sync/test_local.py",),
+    ),
+    Mutation(
+        "a fragment's targets count for all its exchanges to come",
+        "sync/streaming_diloco.py",
+        "self._sent[p], self._windows[p] = self._step, 0.0",
+        "self._sent[p] = self._step",
+        tests=("sync/test_streaming.py",),
+    ),
+    Mutation(
+        "a fragment is mixed in a step late",
+        "sync/streaming_diloco.py",
+        "self._step - self._options.delay\n",
+        "self._step - self._options.delay - 1\n",
+        tests=("sync/test_streaming.py",),
+    ),
+    Mutation(
+        "what is on its way is not in a checkpoint",
+        "sync/streaming_diloco.py",
+        "        self._arrive(*range(self._options.fragments))\n        state = ",
+        "        state = ",
+        tests=("sync/test_streaming.py",),
+    ),
+    Mutation(
+        "a replica waits for the sums when it has sent a fragment",
+        "sync/streaming_diloco.py",
+        "                self._send(p)\n",
+        "                self._send(p)\n                self._arrive(p)\n",
+        tests=("sync/test_streaming.py",),
+    ),
+    Mutation(
+        "pairs are the same in every round",
+        "sync/gossip.py",
+        "turn = exchanges(self._options.every, self._step)",
+        "turn = 1",
+        tests=("sync/test_gossip.py",),
+    ),
+    Mutation(
+        "the parameters of a pair are not drawn together",
+        "sync/gossip.py",
+        "            moved.add_(their_slow.sub_(slow), alpha=self._options.pulls / 2)\n",
+        "",
+        tests=("sync/test_gossip.py",),
+    ),
+    Mutation(
+        "each replica decides by its own vote what it sends",
+        "sync/partial.py",
+        "if is_last or n > 0]",
+        "if is_last or wishes[i] > 0]",
+        tests=("sync/test_partial.py",),
+    ),
+    Mutation(
+        "a norm is that of a rank's own part",
+        "parallel/full.py",
+        'functools.reduce(torch.add, self._axis.all_gather(own, 0, where="norms").cpu())',
+        "own[0].cpu()",
+        tests=("sync/test_partial.py",),
+    ),
+    Mutation(
+        "what was not sent is forgotten",
+        "sync/partial.py",
+        "        for shard in looked:\n",
+        "        for shard in looked:\n            shard.local.copy_(self._sent[shard.name])\n",
+        tests=("sync/test_partial.py",),
+    ),
+    Mutation(
+        "a tensor's targets count for all its means to come",
+        "sync/partial.py",
+        "            self._targets[shard.name].zero_()\n",
+        "",
+        tests=("sync/test_partial.py",),
     ),
 )

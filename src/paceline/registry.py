@@ -116,6 +116,9 @@ SYNCS = Table(
         "post_local_sgd": "paceline.sync.post_local_sgd:PostLocalSGD",
         "slowmo": "paceline.sync.slowmo:SlowMo",
         "diloco": "paceline.sync.diloco:DiLoCo",
+        "streaming_diloco": "paceline.sync.streaming_diloco:StreamingDiLoCo",
+        "gossip": "paceline.sync.gossip:Gossip",
+        "partial": "paceline.sync.partial:Partial",
     },
 )
 

@@ -14,6 +14,9 @@ from paceline.sync.local_sgd import LocalSGD
 from tolerances import FP64_EQUAL
 
 DILOCO = {"name": "diloco", "every": 2}
+STREAMING = {"name": "streaming_diloco", "every": 3, "fragments": 2, "delay": 2}  # of step 3, on its way at the stop
+GOSSIP = {"name": "gossip", "every": 2}
+PARTIAL = {"name": "partial", "every": 1, "threshold": 0.1}
 
 
 def test_two_levels_of_all_reduce_are_one(pool, tmp_path):
@@ -35,10 +38,11 @@ def test_two_levels_of_all_reduce_are_one(pool, tmp_path):
             assert distance(levels.states[0], levels.states[replica]) == 0.0
 
 
-def test_a_group_of_replicas_learns_what_one_in_its_place_does(pool, tmp_path):
-    """DiLoCo of two groups of two, stopped between exchanges, as DiLoCo of two; one of a group saves for it."""
+@pytest.mark.parametrize("outer", [DILOCO, STREAMING, GOSSIP, PARTIAL], ids=lambda outer: outer["name"])
+def test_a_group_of_replicas_learns_what_one_in_its_place_does(outer, pool, tmp_path):
+    """Two groups of two, stopped between exchanges, as two replicas; one of a group saves for it."""
     told = {}
-    for name, sync, replicas in [("two", DILOCO, 2), ("groups", ["all_reduce", DILOCO], [2, 2])]:
+    for name, sync, replicas in [("two", outer, 2), ("groups", ["all_reduce", outer], [2, 2])]:
         run = config(sync, folder=str(tmp_path / name), replicas=replicas, optimizer={"momentum": 0.5})
         first, then = run_all(pool, [run], until=3)[0], run_all(pool, [run])[0]
         told[name] = first, then

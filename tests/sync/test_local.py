@@ -10,10 +10,11 @@ from paceline.comm.link import LocalLink
 from paceline.comm.mesh import Mesh
 from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
+from paceline.sync.alone import exchanges
 from paceline.sync.base import SyncContext, SyncState
 from paceline.sync.diloco import DiLoCo, OuterOptions, OuterSGD
 from paceline.sync.local_sgd import LocalSGD
-from paceline.sync.periodic import PeriodicSync, exchanges
+from paceline.sync.periodic import PeriodicSync
 from paceline.train.replica import ModuleReplica
 from paceline.verify.double import in_double
 from parity import train

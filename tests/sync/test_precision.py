@@ -70,6 +70,34 @@ def test_replicas_that_learn_alone_skip_alone_and_count_for_what_they_learned_fr
     assert first[1][2] == second[1][2] == third[1][2] == pytest.approx(mean, rel=1e-6)
 
 
+STREAMING = {"name": "streaming_diloco", "every": 2, "fragments": 1, "mixing": 0, "outer": {"lr": 1, "momentum": 0}}
+
+
+@pytest.mark.parametrize(
+    ("sync", "steps"),
+    [
+        ({**STREAMING, "delay": 0}, 2),
+        ({**STREAMING, "delay": 1}, 3),
+        ({"name": "partial", "every": 2, "threshold": 0}, 2),
+        ({"name": "partial", "every": 1, "threshold": 0.6, "longest": 1}, 2),
+    ],
+    ids=["at once", "on its way", "all", "changed enough"],
+)
+def test_so_it_is_where_parts_are_exchanged(sync, steps, pool):
+    """As above; the last is due in step 2, for nobody has moved by more than half in step 1."""
+    told = pool.run(scaled_steps, 3, scaled_run(sync, 3), steps + 1)
+    mean = (2 * 1 * 0.0 + 1 * 2 * 0.5 + 2 * 3 * 0.0) / (2 + 2 + 6)
+    assert [own[0][2] for own in told] == [0.5, 1.0, 0.5]
+    assert [own[steps - 1][2] for own in told] == [pytest.approx(mean, rel=1e-6)] * 3
+
+
+def test_so_it_is_in_a_pair(pool):
+    """Two replicas, of which the second has twice the targets and skips one of two steps."""
+    sync = {"name": "gossip", "every": 2, "lr": 1, "momentum": 0}
+    told = pool.run(scaled_steps, 2, scaled_run(sync, 2), 3)
+    assert [own[1][2] for own in told] == [pytest.approx((2 * 1 * 0.0 + 1 * 2 * 0.5) / 4, rel=1e-6)] * 2
+
+
 def test_a_group_skips_together_and_other_groups_do_not(pool):
     run = scaled_run(["all_reduce", LOCAL], [2, 2])
     told = pool.run(scaled_steps, ranks(run), run, 1)

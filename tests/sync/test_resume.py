@@ -12,7 +12,8 @@ from tolerances import FP64_EQUAL
 def small(name):
     """A strategy whose periods do not end with the run."""
     fields = SYNCS.load(name).model_fields
-    return {"name": name} | {key: value for key, value in {"start": 1, "every": 3}.items() if key in fields}
+    short = {"start": 1, "every": 3, "fragments": 2, "delay": 2}
+    return {"name": name} | {key: value for key, value in short.items() if key in fields}
 
 
 STEPS = 7

@@ -1,6 +1,6 @@
 """What a sync sees of a replica: its own shards of parameters and gradients, and one way to finish a step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,3 +117,10 @@ class Replica(Protocol):
 
     def refresh(self) -> None:
         """Bring the computing copy up to date, after a sync has changed parameters itself (``Shard.local``)."""
+
+    def norms(self, values: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
+        """L2 norms of full tensors of which ``values`` are this rank's parts, by the names of shards.
+
+        All ranks that hold parts of them call it together, with the same names in the same order, and get the same.
+        """
+        ...

@@ -12,6 +12,7 @@ results, and one of them counts. Every method is called by all ranks of the stag
 same order. In one process a full tensor is the tensor itself, and nothing is copied.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Self
@@ -205,6 +206,22 @@ class FullTensors:
         total = self._axis.all_reduce(flat.to(self._device), where="optimizer").to(flat.device)
         split = total.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(split, tensors, strict=True)]
+
+    def norms(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        """L2 norms of the full tensors: squares are added in fp64, in the order of ranks.
+
+        So a parameter that ranks of two stages hold has the same norm in both, to the last bit.
+        """
+        if not tensors:
+            return {}
+        squares = [self._square(name, local) if self.counts(name) else 0.0 for name, local in tensors.items()]
+        own = torch.tensor([squares], dtype=torch.float64, device=self._device)
+        total = functools.reduce(torch.add, self._axis.all_gather(own, 0, where="norms").cpu())
+        return dict(zip(tensors, total.sqrt().tolist(), strict=True))
+
+    def _square(self, name: str, local: Tensor) -> float:
+        boxes = (b.of(local) for b in self._parts[name].blocks)
+        return sum(float(torch.linalg.vector_norm(box, dtype=torch.float64)) ** 2 for box in boxes)
 
     def greatest(self, name: str, values: Tensor) -> Tensor:
         """The greatest over the ranks that hold parts of the same rows, of values (..., N) for each row of this rank.

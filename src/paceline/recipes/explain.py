@@ -135,6 +135,7 @@ class Plan:
         return [
             f"sync       {strategy_name(sync)} over {size} {thing}, {_bytes(sent)} sent by each rank a step"
             + ("" if sync.keeps_equal else ", on average")  # type: ignore[attr-defined]
+            + (" and at most" if getattr(sync, "sends_less", False) else "")
             for (sync, size, sent), thing in zip(levels, things, strict=True)
         ]
 

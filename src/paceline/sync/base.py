@@ -109,7 +109,8 @@ class SyncState:
 
     tensor: torch.Tensor
     like: str | None = None
-    """The parameter as whose local part it is cut; None for what all ranks of the replica have alike."""
+    """The parameter as whose local part it is cut; None for what all ranks of the replica have alike or, with the name
+    of a parameter in its own name, all ranks that hold parts of that."""
     rule: Literal["mean", "clone", "fresh"] | None = None
     """What becomes of it when the number of replicas changes (``checkpoint.state``); None if they all have the same."""
 

@@ -67,13 +67,17 @@ class _Group:
         """See ``Replica``."""
         self._replica.refresh()
 
+    def norms(self, values: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """See ``Replica``; the replicas of the group have the same."""
+        return self._replica.norms(values)
+
 
 class _Voting:
     """A replica whose wish to step goes through one more vote."""
 
     def __init__(self, replica: Replica, vote: Vote) -> None:
         self.shards, self.reduction, self.rate = replica.shards, replica.reduction, replica.rate
-        self.on_gradient_ready, self.refresh = replica.on_gradient_ready, replica.refresh
+        self.on_gradient_ready, self.refresh, self.norms = replica.on_gradient_ready, replica.refresh, replica.norms
         self._replica, self._vote = replica, vote
 
     def finish(self, vote: Vote) -> Finish:

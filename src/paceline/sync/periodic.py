@@ -9,9 +9,8 @@ The last step of a run ends with an exchange too, whatever its number. A request
 next talk. Between exchanges the weights that stand for all are those agreed on last, where they are kept; else the mean
 of the moment.
 
-Whether a step is taken each replica decides alone, and one that is not (a gradient overflowed at its loss scale) gives
-its replica no weight in the mean. Means are made in fp32 at least, and parameters of 16 bits rounded to by chance, by
-the same draw in all replicas: what is agreed on is what all go on from.
+A step that is not taken gives its replica no weight in the mean. What is agreed on is what all go on from, after
+parameters of 16 bits were rounded to.
 """
 
 import math
@@ -21,12 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paceline.comm.boxes import whole
-from paceline.comm.replica import Finish, Replica, Shard
-from paceline.models.chance import stream_seed
-from paceline.parallel.rounding import round_box
+from paceline.comm.replica import Replica
 from paceline.plan.wire import all_reduce_bytes
-from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState, check_equal_start
+from paceline.sync.alone import Alone, exchanges, share_of, wide
+from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState
 from paceline.sync.reducers.base import Reducer, ReducerConfig
 
 
@@ -45,11 +42,6 @@ class Outer(Protocol):
         ...
 
 
-def exchanges(every: int, steps: int) -> int:
-    """How often replicas talk in a number of steps, the last of which ends with an exchange."""
-    return -(-steps // every)
-
-
 def periodic_wire_bytes(reducer: ReducerConfig, every: int, shapes: Shapes, members: int, steps: int) -> int:
     """Payload bytes of one rank: at each exchange the sums, and two numbers, one after the other."""
     once = reducer.wire_bytes(shapes, members) + 2 * all_reduce_bytes(COUNT_BYTES, members)
@@ -61,7 +53,7 @@ def periodic_state_bytes(reducer: ReducerConfig, shapes: Shapes, *, copies: int)
     return reducer.state_bytes(shapes) + copies * sum(4 * math.prod(shape) for shape in shapes.values()) + 24
 
 
-class PeriodicSync:
+class PeriodicSync(Alone):
     """A strategy of the family on one rank. ``first`` steps of the run are not its own."""
 
     def __init__(
@@ -74,50 +66,26 @@ class PeriodicSync:
         outer: Outer | None = None,
         first: int = 0,
     ) -> None:
-        self._link, self._steps, self._every, self._first = context.link, context.steps, every, first
-        self._seed = context.seed
+        super().__init__(context)
+        self._every, self._first = every, first
         self._reducer, self._is_exact, self._outer = reducer, is_exact, outer
         self._agreed: dict[str, Tensor] = {}
         self._window = torch.zeros(3, dtype=torch.float64)  # since the last exchange: targets, sum of rates, steps
-        self._step = self._count = 0
 
     def start(self, replica: Replica) -> None:
         """Check that replicas start equal, and keep the parameters they start from if they will be needed."""
-        check_equal_start(self._link, replica)
-        self._device = replica.shards[0].local.device
+        super().start(replica)
         self._reducer.start(replica.shards)
         if self._outer is not None or not self._is_exact:
             self._agreed = {shard.name: shard.local.clone() for shard in replica.shards}
         if self._outer is not None:
             self._outer.start(self._agreed)
 
-    def begin(self, step: int, replica: Replica, count: int) -> int:
-        """This replica's own targets."""
-        self._step, self._count = step, count
-        return count
-
-    def total(self, values: Tensor, stop: bool) -> tuple[Tensor, bool]:
-        """This replica's own values. All stop, if one was asked to, when replicas talk."""
-        if self._link.size == 1:
-            return values, stop
-        return values, self.is_agreed(self._step) and self._sum(float(stop)) > 0
-
-    def reduce(self, replica: Replica) -> None:
-        """Gradients are each replica's own."""
-
-    def update(self, replica: Replica) -> Finish:
-        """Step; then exchange if it is time, unless the run is to end here: then weights stay as they are."""
-        finish = replica.finish(vote=lambda wish: wish)
-        if not (finish.stepped or finish.overflowed):
-            return finish
-        self._window += torch.tensor([self._count * finish.stepped, replica.rate, 1.0], dtype=torch.float64)
-        if self.is_agreed(self._step):
-            self._exchange(replica)
-        return finish
-
     def is_agreed(self, step: int) -> bool:
         """Whether ``step`` ends with an exchange."""
         return step == self._steps or (step - self._first) % self._every == 0
+
+    _talks = is_agreed
 
     def agreed(self, replica: Replica) -> Mapping[str, Tensor]:
         """Those agreed on last where they are kept; else the mean of now."""
@@ -128,6 +96,11 @@ class PeriodicSync:
         agreed = {f"{name}/agreed": SyncState(tensor, like=name) for name, tensor in self._agreed.items()}
         outer = self._outer.state() if self._outer is not None else {}
         return {"window": SyncState(self._window, rule="fresh")} | agreed | {**outer} | {**self._reducer.state()}
+
+    def _stepped(self, replica: Replica, targets: int) -> None:
+        self._window += torch.tensor([targets, replica.rate, 1.0], dtype=torch.float64)
+        if self.is_agreed(self._step):
+            self._exchange(replica)
 
     @torch.no_grad()
     def _exchange(self, replica: Replica) -> None:
@@ -143,36 +116,13 @@ class PeriodicSync:
         self._window.zero_()
         replica.refresh()
 
-    def _put(self, shard: Shard, exact: Tensor) -> None:
-        """Set a parameter; one of 16 bits to either of the two values next to it."""
-        if shard.local.dtype.itemsize > 2:
-            shard.local.copy_(exact)
-            return
-        part = shard.part or whole(shard.local.shape)
-        key = stream_seed(self._seed, "exchange", self._step, shard.name)
-        for block in part.blocks:
-            box, kept = block.of(exact), block.of(shard.local)
-            round_box(box, kept, start=block.start, full_shape=part.full_shape, key=key)
-
     def _mean(self, replica: Replica) -> Mapping[str, Tensor]:
         """Of the parameters of all replicas, by the targets that each learned from since the last exchange."""
         learned = float(self._window[0])
-        targets = self._sum(learned)
-        share = learned / targets if targets > 0 else 1.0 / self._link.size
+        share = share_of(learned, self._sum(learned).item(), self._link.size)
         own = {shard.name: wide(shard.local) for shard in replica.shards}
         if self._is_exact:
             return self._reducer.weighted_sum(own, share, self._step)
         moved = {name: wide(self._agreed[name]) - tensor for name, tensor in own.items()}
         mean = self._reducer.weighted_sum(moved, share, self._step)
         return {name: wide(self._agreed[name]) - mean[name] for name in own}
-
-    def _sum(self, value: float) -> float:
-        """Over the replicas."""
-        total = torch.tensor([value], dtype=torch.float64, device=self._device)
-        self._link.all_reduce(total).wait()
-        return float(total)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In fp32 at least; the tensor itself if it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

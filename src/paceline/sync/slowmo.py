@@ -16,8 +16,9 @@ from torch import Tensor
 
 from paceline.config import ChosenFrom, Count, Fraction, Options, Positive
 from paceline.registry import REDUCERS
+from paceline.sync.alone import wide
 from paceline.sync.base import Shapes, SyncContext, SyncState
-from paceline.sync.periodic import PeriodicSync, periodic_state_bytes, periodic_wire_bytes, wide
+from paceline.sync.periodic import PeriodicSync, periodic_state_bytes, periodic_wire_bytes
 from paceline.sync.reducers.mean import Mean
 
 

@@ -231,6 +231,10 @@ class ModuleReplica:
         """Sum over all ranks of the replica: fp64, on the CPU."""
         return self.mesh.world.all_reduce(values.double().to(self._device), where="sums").cpu()
 
+    def norms(self, values: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """See ``Replica``."""
+        return self.full.norms(values)
+
     def _gradient_added(self, name: str) -> None:
         if self._last and name not in self._late:
             self._tell(name)

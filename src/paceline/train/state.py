@@ -49,7 +49,7 @@ def tensors(
         dealt = _dealt_out(own, replica)
         own = {slot: _of_replica(state, variant, slot in dealt) for slot, state in own.items()}
     frozen = {f"model/{name}": _like(local_part(p), name, replica) for name, p in replica.frozen.items()}
-    kept = {f"sync/{key}": _kept(state, replica, variant) for key, state in sync.state().items()}
+    kept = {f"sync/{key}": _kept(key, state, replica, variant) for key, state in sync.state().items()}
     return own | {slot: _shared(state, variant) for slot, state in frozen.items()} | kept
 
 
@@ -69,10 +69,16 @@ def _of_replica(state: TensorState, variant: Variant, is_dealt: bool) -> TensorS
     return replace(own, rule=Rule.CLONE) if is_dealt else own
 
 
-def _kept(kept: SyncState, replica: ModuleReplica, variant: Variant) -> TensorState:
-    """A tensor of a sync: like a parameter, or the same on all ranks of the replica."""
-    like = kept.like
-    state = _of_all_ranks(kept.tensor, replica) if like is None else _like(kept.tensor, like, replica)
+def _kept(key: str, kept: SyncState, replica: ModuleReplica, variant: Variant) -> TensorState:
+    """A tensor of a sync: like a parameter; the same on all ranks that hold parts of one; or on all of the replica."""
+    like, name = kept.like, key.rpartition("/")[0]
+    if like is not None:
+        state = _like(kept.tensor, like, replica)
+    elif name in replica.local:
+        full = replica.full
+        state = tensor_state(kept.tensor, Kind.REPLICATED, holder=(full.index, full.ranks))
+    else:
+        state = _of_all_ranks(kept.tensor, replica)
     if kept.rule is None:
         return _shared(state, variant)
     return replace(per_replica(state, variant), rule=Rule(kept.rule))

@@ -4,13 +4,16 @@ A reducer sees this rank's parts of the tensors and, in ``Shard.part``, which bo
 it makes of a value must not depend on how a replica is cut: it works on single values, or on blocks of full tensors.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
 from paceline.comm.replica import Shard
 from paceline.sync.base import Shapes, SyncContext, SyncState
+
+Wait: TypeAlias = Callable[[], Mapping[str, Tensor]]
+"""Waits for sums that were started, and gives them."""
 
 
 class ReducerConfig(Protocol):
@@ -48,3 +51,23 @@ class Reducer(Protocol):
     def state(self) -> Mapping[str, SyncState]:
         """What was left out and is still to be sent, as in ``Sync.state``."""
         ...
+
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """A reducer whose sums can be on their way while something else is computed."""
+
+    def start_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Wait:
+        """``Reducer.weighted_sum`` that does not wait: what it returns does.
+
+        ``values`` may change as soon as this returns. A sum is waited for before the next one is started.
+        """
+        ...
+
+
+def start_sum(reducer: Reducer, values: Mapping[str, Tensor], share: float, step: int) -> Wait:
+    """Start a sum; one of a reducer that cannot overlap is there when this returns."""
+    if isinstance(reducer, Overlapping):
+        return reducer.start_sum(values, share, step)
+    sums = reducer.weighted_sum(values, share, step)
+    return lambda: sums

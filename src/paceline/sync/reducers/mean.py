@@ -14,6 +14,7 @@ from paceline.config import Options, Positive
 from paceline.plan.wire import all_reduce_bytes
 from paceline.sync.base import Shapes, SyncContext, SyncState
 from paceline.sync.buckets import bucketed, elements
+from paceline.sync.reducers.base import Wait
 
 
 class Mean(Options):
@@ -54,17 +55,25 @@ class MeanReducer:
 
     def weighted_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Mapping[str, Tensor]:
         """See ``Reducer``."""
+        return self.start_sum(values, share, step)()
+
+    def start_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Wait:
+        """See ``Overlapping``."""
         started = []
         for shards in self._buckets:
             dtype = functools.reduce(torch.promote_types, (values[shard.name].dtype for shard in shards))
             buffer = torch.cat([values[shard.name].reshape(-1).to(dtype) for shard in shards]).mul_(share)
             started.append((shards, buffer, self._link.all_reduce(buffer)))
-        sums: dict[str, Tensor] = {}
-        for shards, buffer, pending in started:
-            pending.wait()
-            views = buffer.split([values[shard.name].numel() for shard in shards])
-            sums |= {shard.name: view.view(shard.local.shape) for shard, view in zip(shards, views, strict=True)}
-        return sums
+
+        def wait() -> Mapping[str, Tensor]:
+            sums: dict[str, Tensor] = {}
+            for shards, buffer, pending in started:
+                pending.wait()
+                views = buffer.split([shard.local.numel() for shard in shards])
+                sums |= {shard.name: view.view(shard.local.shape) for shard, view in zip(shards, views, strict=True)}
+            return sums
+
+        return wait
 
     def state(self) -> Mapping[str, SyncState]:
         """Nothing is left out."""
