@@ -61,12 +61,14 @@ docs-check: env
 	@$(BIN)/python tools/config_reference.py --check
 	@$(BIN)/python tools/schedules_reference.py --check
 	@$(BIN)/python tools/optimizer_table.py --check
+	@$(BIN)/python tools/reducer_table.py --check
 	@$(BIN)/zensical build --strict --clean
 
 docs: env ## the generated pages, and the documentation site in site/
 	@$(BIN)/python tools/config_reference.py
 	@$(BIN)/python tools/schedules_reference.py
 	@$(BIN)/python tools/optimizer_table.py
+	@$(BIN)/python tools/reducer_table.py
 	@$(BIN)/zensical build --strict --clean
 
 wheel: env ## sdist and wheel, in dist/

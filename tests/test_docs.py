@@ -9,6 +9,7 @@ import yaml
 
 import config_reference
 import optimizer_table
+import reducer_table
 import schedules_reference
 
 
@@ -52,3 +53,7 @@ def test_every_schedule_and_average_has_its_section_formula_and_curve() -> None:
 
 def test_optimizers_are_what_the_classes_say() -> None:
     assert optimizer_table.PAGE.read_text() == optimizer_table.render(), "run `make docs`"
+
+
+def test_reducers_are_what_the_classes_say() -> None:
+    assert reducer_table.PAGE.read_text() == reducer_table.render(), "run `make docs`"

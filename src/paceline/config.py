@@ -369,6 +369,16 @@ class Config(Options):
         return all(sync.keeps_equal for sync in self.syncs)  # type: ignore[attr-defined]
 
     @property
+    def is_exact(self) -> bool:
+        """Whether all replicas learn what one process with the whole batch would."""
+        return all(getattr(sync, "is_exact", sync.keeps_equal) for sync in self.syncs)  # type: ignore[attr-defined]
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether each replica has something of its own to save."""
+        return not self.keeps_equal or any(getattr(sync, "keeps_own", False) for sync in self.syncs)
+
+    @property
     def learning_alone(self) -> str:
         """The sync that lets replicas differ, as the config spells it; there is one."""
         return next(f"sync={strategy_name(sync)}" for sync in self.syncs if not sync.keeps_equal)  # type: ignore[attr-defined]

@@ -72,6 +72,7 @@ OPTIMIZERS = Table(
         "lion": "paceline.optim.lion:Lion",
         "muon": "paceline.optim.muon:Muon",
         "newton_cg": "paceline.optim.newton_cg:NewtonCG",
+        "onebit_adam": "paceline.optim.onebit_adam:OneBitAdam",
         "schedule_free_adamw": "paceline.optim.schedule_free_adamw:ScheduleFreeAdamW",
         "sgd": "paceline.optim.sgd:SGD",
         "shampoo": "paceline.optim.shampoo:Shampoo",
@@ -126,5 +127,14 @@ REDUCERS = Table(
     "sync.reducer",
     {
         "mean": "paceline.sync.reducers.mean:Mean",
+        "bf16": "paceline.sync.reducers.bf16:BF16",
+        "fp16": "paceline.sync.reducers.fp16:FP16",
+        "int8": "paceline.sync.reducers.int8:Int8",
+        "int4": "paceline.sync.reducers.int4:Int4",
+        "sign": "paceline.sync.reducers.sign:Sign",
+        "topk": "paceline.sync.reducers.topk:TopK",
+        "randomk": "paceline.sync.reducers.randomk:RandomK",
+        "dct_topk": "paceline.sync.reducers.dct_topk:DctTopK",
+        "powersgd": "paceline.sync.reducers.powersgd:PowerSGD",
     },
 )

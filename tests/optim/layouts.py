@@ -104,13 +104,13 @@ class Trained:
         writer = Checkpointer(
             Path(folder), rank=stage.index, ranks=stage.size, exchange=exchange or LocalExchange(), layout={}
         )
-        tensors = state.tensors(self.model, self.replica, self.sync, (0, 1), average={})
+        tensors = state.tensors(self.model, self.replica, self.sync, state.Variant(0, 1), average={})
         writer.save(step, state.owned(tensors, self.replica), {})
         writer.wait()
 
     def restore(self, folder, step):
         with load(Path(folder), step) as checkpoint:
-            state.restore(self.model, self.replica, self.sync, (0, 1), checkpoint, {}, average={})
+            state.restore(self.model, self.replica, self.sync, state.Variant(0, 1), checkpoint, {}, average={})
 
     def boxes(self):
         """What this rank holds: name, start in the full tensor, values."""

@@ -59,6 +59,11 @@ def adamw(o, name, w, gradients, rates, decay):
 
 
 @each
+def onebit_adam(o, name, w, gradients, rates, decay):
+    return adam(o.betas, o.eps, w, gradients, rates, decay)  # its other part is in tests/sync/test_onebit_adam.py
+
+
+@each
 def adagrad(o, name, w, gradients, rates, decay):
     total = np.full_like(w, o.initial)
     for g, lr in zip(gradients, rates, strict=True):
@@ -340,6 +345,7 @@ REFERENCES: dict[str, Reference] = {
     "lion": lion,
     "muon": muon,
     "newton_cg": newton_cg,
+    "onebit_adam": onebit_adam,
     "schedule_free_adamw": schedule_free_adamw,
     "sgd": sgd,
     "shampoo": shampoo,

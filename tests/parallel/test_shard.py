@@ -11,7 +11,7 @@ from paceline.registry import SYNCS
 from paceline.sync.base import SyncContext
 from paceline.train.clip import ClipNorm
 from paceline.train.replica import ModuleReplica
-from paceline.train.state import tensors
+from paceline.train.state import Variant, tensors
 from parity import tiny_llama
 
 
@@ -69,7 +69,7 @@ def frozen_after_a_forward_pass(member):
         with torch.no_grad():
             model(input_ids=torch.arange(12)[None], use_cache=False)
         sync = SYNCS.load("all_reduce")().build(SyncContext(link=LocalLink(), steps=1))
-        saved = tensors(model, held, sync, (0, 1), average={})
+        saved = tensors(model, held, sync, Variant(0, 1), average={})
         return {slot: [block.of(state.tensor).clone() for block in state.blocks] for slot, state in saved.items()}
 
 

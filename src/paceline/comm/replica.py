@@ -103,6 +103,19 @@ class Replica(Protocol):
         """The optimizer's rate in this step, the same in all replicas: ``optimizer.lr`` times the schedule's factor."""
         ...
 
+    @property
+    def gradient_scale(self) -> float:
+        """By what gradients are multiplied until the step is finished: the loss scale."""
+        ...
+
+    def outgoing(self, gradients: Mapping[str, torch.Tensor], part: float) -> Mapping[str, torch.Tensor]:
+        """What is to be summed where sums are not exact: gradients, or what the optimizer would rather have.
+
+        ``gradients``: without the loss scale, by the names of the shards. ``part``: 1 over the replicas. Who sums
+        exactly leaves this out.
+        """
+        ...
+
     def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:
         """Call ``fn`` once per shard in the coming step, when its gradient is final in the replica.
 

@@ -60,6 +60,10 @@ class OptimizerConfig(Options):
     """Whether what is good is an average of the parameters (``Averaging``)."""
     remakes: ClassVar[bool] = False
     """Whether a step makes the weights anew from its state, so that weights set from outside are forgotten."""
+    exchanges: ClassVar[bool] = False
+    """It is ``Exchanging``."""
+    asks_again: ClassVar[bool] = False
+    """It wants gradients of the batch besides that of the step."""
     differentiates_twice: ClassVar[bool] = False
     """Whether it takes the derivative of a gradient, which not all code can."""
 
@@ -130,6 +134,19 @@ class Estimating(Protocol):
 
     def estimate(self, targets: int) -> None:
         """Take the gradients for those of the mean loss over so many drawn labels."""
+        ...
+
+
+@runtime_checkable
+class Exchanging(Protocol):
+    """An optimizer that has something else than gradients summed over replicas where sums are not exact."""
+
+    def expect(self, is_exact: bool) -> None:
+        """Say of the coming step whether its sums are exact: of gradients. If not, they are of what is ``outgoing``."""
+        ...
+
+    def outgoing(self, parameter: Tensor, gradient: Tensor, part: float) -> Tensor:
+        """What this replica sends for its gradient; ``part`` is 1 over the replicas."""
         ...
 
 

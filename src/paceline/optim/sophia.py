@@ -38,6 +38,7 @@ class Sophia(GroupedConfig):
     """For matrices; norms and biases never decay, unless a group says so."""
 
     sees: ClassVar[Sees] = "gradients"
+    asks_again: ClassVar[bool] = True
     source: ClassVar[str] = "Liu et al. 2023, arXiv 2305.14342"
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:

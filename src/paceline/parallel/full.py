@@ -80,6 +80,14 @@ class FullTensors:
         """What this rank holds of it."""
         return self._parts[name]
 
+    def blocks(self, name: str) -> Sequence[Blocks]:
+        """The boxes of it that each rank holds."""
+        return self._blocks[name]
+
+    def senders(self, name: str) -> Sequence[int]:
+        """Ranks that together hold every value of it once."""
+        return self._senders[name]
+
     def part_of_rows(self, name: str, size: int) -> Part:
         """What this rank holds of a tensor like it but for the last dimension, which has ``size`` and is whole."""
         blocks = dict.fromkeys(_widened(b, size) for b in self._parts[name].blocks)
@@ -146,7 +154,7 @@ class FullTensors:
                 ]
                 for rank in range(self._axis.size)
             ]
-            self._send(
+            self.exchange(
                 [[b.of(t) for t, blocks in to for b in blocks] for to in outward],
                 [[b.of_full(t) for t, blocks in of for b in blocks] for of in inward],
                 tensors[names[0]],
@@ -174,7 +182,7 @@ class FullTensors:
                 [b.of(local[name]) for name in names if owner[name] == r for b in self._parts[name].blocks]
                 for r in range(self._axis.size)
             ]
-            self._send(outward, inward, like[names[0]])
+            self.exchange(outward, inward, like[names[0]])
         return local
 
     def sums(self, name: str, local: Tensor, dim: int) -> Tensor:
@@ -245,8 +253,8 @@ class FullTensors:
         places = [_places(blocks) for blocks in self._blocks[name]]
         return bool(places[rank]) and places.index(places[rank]) == rank
 
-    def _send(self, outward: Sequence[Sequence[Tensor]], inward: Sequence[Sequence[Tensor]], like: Tensor) -> None:
-        """Send boxes to each rank; fill boxes with what comes from each."""
+    def exchange(self, outward: Sequence[Sequence[Tensor]], inward: Sequence[Sequence[Tensor]], like: Tensor) -> None:
+        """Send boxes to each rank; fill boxes with what comes from each. All are of the dtype of ``like``."""
         pieces = [box.flatten() for boxes in outward for box in boxes]
         rows = (torch.cat(pieces) if pieces else like.new_empty(0)).to(self._device)
         sent = [sum(box.numel() for box in boxes) for boxes in outward]

@@ -37,6 +37,13 @@ def check_optimizer(config: Config) -> None:
         raise PlanError(f"perturb: {name} makes the weights anew from its own sums. Leave perturb out")
     if not config.keeps_equal and (optimizer.remakes or optimizer.sees == "loss"):
         raise PlanError(f"{config.learning_alone}: {name} {_why_not_alone(optimizer)}. Use sync=all_reduce")
+    if config.keeps_equal and not config.is_exact and (optimizer.asks_again or optimizer.sees == "loss"):
+        raise PlanError(
+            f"sync.reducer: {name} asks for other gradients of the batch besides that of the step, into which a "
+            "reducer would mix what it has left out. Use reducer=mean, or another optimizer"
+        )
+    if optimizer.exchanges and config.keeps_equal and not config.is_exact:
+        _check_exchange(config, name)
     if optimizer.sees != "loss":
         return
     for axis in CUTS:
@@ -59,6 +66,30 @@ def check_optimizer(config: Config) -> None:
         raise PlanError(
             f"layout.recompute={config.layout.recompute}: {name} differentiates twice, for which all activations are "
             "needed at once. Use recompute=none"
+        )
+
+
+def _check_exchange(config: Config, name: str) -> None:
+    """For an optimizer that has its averages summed in place of gradients."""
+    syncs: Any = config.syncs
+    if len(syncs) > 1:
+        raise PlanError(
+            f"sync: {name} has its average summed in place of gradients, once: over one level. Use one level, or "
+            "optimizer=adamw"
+        )
+    if syncs[0].exact_steps == 0:
+        raise PlanError(
+            f"sync.exact_steps=0: {name} learns from exact sums how large gradients are before it has others. Use 15 "
+            "to 25 % of train.steps"
+        )
+    precision = PRECISIONS.get(config.precision)
+    if precision is not None and precision.is_pure:
+        raise PlanError(f"precision={config.precision}: {name} with a reducer is not built for it. Use precision=bf16")
+    for section, key, value in asked_adjustments(config):
+        off = "null" if key.startswith("clip") or key == "max_norm" else "0"
+        raise PlanError(
+            f"{section}.{key}={value}: with a reducer {name} is given its average in place of the gradient, which this "
+            f"would change. Use {section}.{key}={off}"
         )
 
 

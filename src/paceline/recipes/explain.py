@@ -164,7 +164,7 @@ class Plan:
         share = len(range(first, batch.sequences, batch.data_parallel))
         cuts = [f"{axis} {at + 1} of {size}" for axis, at, size in self.grid.cuts(inside)]
         part = ", ".join(cuts) or "the whole model"
-        own = "" if self.config.keeps_equal else "; writes its replica's part of a checkpoint"
+        own = "" if not self.config.keeps_own else "; writes its replica's part of a checkpoint"
         writes = "; writes metrics, checkpoints and the export" if rank == 0 else own
         return f"replica {replica}, {part}, {share} of {batch.sequences} sequences{writes}"
 

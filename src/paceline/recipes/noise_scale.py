@@ -86,6 +86,8 @@ def noise_scale(config: Config, *, batches: int = 8, debug: bool = False, say: S
             f"{config.learning_alone}: replicas that learn alone are at places of their own, each with another "
             "gradient. Measure with sync=all_reduce"
         )
+    if not config.is_exact:
+        raise PlanError("sync.reducer: a gradient that leaves something out has noise of its own. Measure with mean")
     full = config.batch.model_copy(update={"warmup": None})
     checkpoint = config.checkpoint.model_copy(update={"resume": "auto"})
     config = config.model_copy(update={"batch": full, "checkpoint": checkpoint})

@@ -1,22 +1,26 @@
 """Synchronous data parallelism: gradients are summed over replicas every step, while the backward pass still runs.
 
 The loss is divided by the number of targets of all replicas before the backward pass, so the sum of the replicas'
-gradients is the gradient of the whole batch.
+gradients is the gradient of the whole batch. With a reducer that leaves something out, see ``reduced``.
 """
 
 import functools
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from pydantic import model_validator
 
 from paceline.comm.link import Link, Pending
 from paceline.comm.replica import Finish, Replica, Shard
-from paceline.config import Options, Positive
+from paceline.config import ChosenFrom, Natural, Options, Positive
 from paceline.plan.wire import all_reduce_bytes
+from paceline.registry import REDUCERS
 from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState, check_equal_start
 from paceline.sync.buckets import bucketed, elements
+from paceline.sync.reduced import ReducedSync
+from paceline.sync.reducers.mean import Mean
 
 
 class AllReduce(Options):
@@ -25,24 +29,70 @@ class AllReduce(Options):
     bucket_mib: Positive = 4.0
     """Gradients are sent in buckets of about this size: small ones start early, large ones waste less."""
 
+    reducer: Annotated[Any, ChosenFrom(REDUCERS)] = Mean()
+    """How gradients are summed on the way; any but ``mean`` after the backward pass, and not in buckets."""
+
+    exact_steps: Natural = 0
+    """In the first steps gradients are summed as they are, whatever the reducer."""
+
     keeps_equal: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _has_buckets(self) -> Self:
+        plain, given = AllReduce.model_fields["bucket_mib"].default, self.bucket_mib
+        if isinstance(self.reducer, Mean):
+            if self.reducer != Mean():
+                raise ValueError(
+                    f"bucket_mib={given}: expected that of sync, got reducer.bucket_mib too; leave that out"
+                )
+            if self.exact_steps:
+                raise ValueError(f"exact_steps={self.exact_steps}: all steps are with reducer=mean; leave it out")
+        elif given != plain:
+            raise ValueError(f"bucket_mib={given}: expected none, for only reducer=mean sends buckets; leave it out")
+        return self
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the sum is what one process with the whole batch would have."""
+        exact: bool = self.reducer.is_exact
+        return exact
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether each replica keeps something of its own beside the state that all have: what is still to be sent."""
+        return getattr(self.reducer, "error_feedback", False)
 
     def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
         """In every step gradients, a mark for each, and four numbers: targets before, three sums after."""
         numels = [math.prod(shape) for shape in shapes.values()]
+        counts = all_reduce_bytes(COUNT_BYTES, members) + all_reduce_bytes(3 * COUNT_BYTES, members)
+        if not self.is_exact:
+            marks = all_reduce_bytes(4 * len(numels), members)
+            first = min(self.exact_steps, steps)
+            reduced: int = self.reducer.wire_bytes(shapes, members)
+            return first * Mean().wire_bytes(shapes, members) + (steps - first) * reduced + steps * (marks + counts)
         buckets = bucketed(numels, elements(self.bucket_mib))
         gradients = sum(
             all_reduce_bytes(value_bytes * sum(numels[i] + 1 for i in bucket), members) for bucket in buckets
         )
-        counts = all_reduce_bytes(COUNT_BYTES, members) + all_reduce_bytes(3 * COUNT_BYTES, members)
         return steps * (gradients + counts)
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
-        """The buckets: one copy of the gradients, in what they are summed in."""
+        """The buckets: one copy of the gradients, in what they are summed in; or what the reducer needs."""
+        if not self.is_exact:
+            reduced: int = self.reducer.state_bytes(shapes)
+            return reduced
         return sum(value_bytes * (math.prod(shape) + 1) for shape in shapes.values())
 
-    def build(self, context: SyncContext) -> "AllReduceSync":
+    def build(self, context: SyncContext) -> "AllReduceSync | ReducedSync":
         """The strategy at work."""
+        if not self.is_exact:
+            return ReducedSync(
+                context.link,
+                self.reducer.build(context),
+                exact=Mean().build(context),
+                exact_steps=self.exact_steps,
+            )
         return AllReduceSync(context.link, elements(self.bucket_mib))
 
 

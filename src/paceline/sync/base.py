@@ -12,8 +12,9 @@ from typing import ClassVar, Literal, Protocol
 import torch
 
 from paceline.comm.link import Link
-from paceline.comm.replica import Finish, Replica
+from paceline.comm.replica import Finish, Replica, Shard
 from paceline.errors import TrainError
+from paceline.parallel.full import FullTensors
 
 Shapes = Mapping[str, Sequence[int]]
 """Local shapes of the trainable parameters by name."""
@@ -31,6 +32,12 @@ class SyncContext:
     steps: int
     """Of the whole run."""
     seed: int = 0
+    full: FullTensors | None = None
+    """How the ranks of the replica hold its parameters; None for a replica of one rank."""
+
+    def full_tensors(self, shards: Sequence[Shard]) -> FullTensors:
+        """Of some parameters, for what needs more of a tensor than a rank holds."""
+        return self.full or FullTensors.alone({shard.name: shard.local for shard in shards})
 
 
 class SyncConfig(Protocol):
@@ -111,6 +118,8 @@ class SyncState:
     like: str | None = None
     """The parameter as whose local part it is cut; None for what all ranks of the replica have alike or, with the name
     of a parameter in its own name, all ranks that hold parts of that."""
+    owner: Literal["here", "elsewhere"] | None = None
+    """Of what one rank of the stage has by itself: whether that is this one; if not, the tensor means nothing."""
     rule: Literal["mean", "clone", "fresh"] | None = None
     """What becomes of it when the number of replicas changes (``checkpoint.state``); None if they all have the same."""
 

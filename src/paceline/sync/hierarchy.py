@@ -16,10 +16,13 @@ from torch import Tensor
 from paceline.comm.link import Link
 from paceline.comm.replica import Finish, Replica, Shard, Vote
 from paceline.errors import PlanError
+from paceline.parallel.full import FullTensors
 from paceline.sync.base import Sync, SyncConfig, SyncContext, SyncState
 
 
-def build_sync(levels: Sequence[SyncConfig], links: Sequence[Link], *, steps: int, seed: int) -> Sync:
+def build_sync(
+    levels: Sequence[SyncConfig], links: Sequence[Link], *, steps: int, seed: int, full: FullTensors | None = None
+) -> Sync:
     """The strategies of all levels at work, innermost first, each over its own link.
 
     Raises ``PlanError`` for a group whose replicas differ: it is not one replica to the level above.
@@ -30,7 +33,7 @@ def build_sync(levels: Sequence[SyncConfig], links: Sequence[Link], *, steps: in
                 f"sync: {type(level).__name__} below another level is not built, for its replicas differ between "
                 "exchanges. Use it as the last of the list, or all_reduce in its place"
             )
-    contexts = [SyncContext(link=link, steps=steps, seed=seed) for link in links]
+    contexts = [SyncContext(link=link, steps=steps, seed=seed, full=full) for link in links]
     sync, *above = [level.build(context) for level, context in zip(levels, contexts, strict=True)]
     for outer in above:
         sync = Hierarchy(sync, outer)
@@ -49,6 +52,15 @@ class _Group:
     def rate(self) -> float:
         """That of its replicas."""
         return self._replica.rate
+
+    @property
+    def gradient_scale(self) -> float:
+        """That of its replicas."""
+        return self._replica.gradient_scale
+
+    def outgoing(self, gradients: Mapping[str, Tensor], part: float) -> Mapping[str, Tensor]:
+        """See ``Replica``."""
+        return self._replica.outgoing(gradients, part)
 
     def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:
         """Gradients are the group's own after the inner level's ``reduce``."""
@@ -77,6 +89,7 @@ class _Voting:
 
     def __init__(self, replica: Replica, vote: Vote) -> None:
         self.shards, self.reduction, self.rate = replica.shards, replica.reduction, replica.rate
+        self.gradient_scale, self.outgoing = replica.gradient_scale, replica.outgoing
         self.on_gradient_ready, self.refresh, self.norms = replica.on_gradient_ready, replica.refresh, replica.norms
         self._replica, self._vote = replica, vote
 

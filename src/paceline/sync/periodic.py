@@ -81,6 +81,11 @@ class PeriodicSync(Alone):
         if self._outer is not None:
             self._outer.start(self._agreed)
 
+    def follow(self, replica: Replica) -> None:
+        """All replicas have agreed on the parameters of now in another way."""
+        for shard in replica.shards if self._agreed else ():
+            self._agreed[shard.name].copy_(shard.local)
+
     def is_agreed(self, step: int) -> bool:
         """Whether ``step`` ends with an exchange."""
         return step == self._steps or (step - self._first) % self._every == 0
@@ -113,6 +118,7 @@ class PeriodicSync(Alone):
             self._put(shard, after)
             if self._agreed:
                 self._agreed[shard.name].copy_(shard.local)
+        self._reducer.settle()
         self._window.zero_()
         replica.refresh()
 

@@ -51,7 +51,9 @@ class PostLocalSGD(Options):
             is_exact=self.reducer.is_exact,
             first=self.start,
         )
-        return PostLocalSGDSync(self._all_reduce.build(context), local, self.start)
+        early = self._all_reduce.build(context)
+        assert isinstance(early, AllReduceSync)
+        return PostLocalSGDSync(early, local, self.start)
 
     @property
     def _all_reduce(self) -> AllReduce:
@@ -84,8 +86,11 @@ class PostLocalSGDSync:
         self._now.reduce(replica)
 
     def update(self, replica: Replica) -> Finish:
-        """As the strategy of this step."""
-        return self._now.update(replica)
+        """As the strategy of this step; differences are counted from where the first steps led."""
+        finish = self._now.update(replica)
+        if self._now is self._early:
+            self._late.follow(replica)
+        return finish
 
     def is_agreed(self, step: int) -> bool:
         """In all of the first steps, and whenever local SGD exchanges."""

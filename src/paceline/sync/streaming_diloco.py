@@ -245,6 +245,7 @@ class StreamingSync(Alone):
                 continue
             sums, fragment.wait = fragment.wait(), None
             targets = fragment.told[0].item()
+            fragment.reducer.settle([shard.name for shard in fragment.shards] if targets == 0 else ())
             if targets == 0:
                 continue  # no replica has learned anything
             for shard in fragment.shards:

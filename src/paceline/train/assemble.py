@@ -254,7 +254,13 @@ def put_together(
         rate=Rate(config, batches, replica=built.replica, names=built.learned),
         average=Average(average, built.replica),
         perturb=perturb,
-        sync=build_sync(config.syncs, world.links, steps=config.train.steps, seed=config.seed),  # type: ignore[arg-type]
+        sync=build_sync(
+            config.syncs,  # type: ignore[arg-type]
+            world.links,
+            steps=config.train.steps,
+            seed=config.seed,
+            full=built.replica.full,
+        ),
         variant=variant,
         evaluator=_evaluator(config, world, material, built, batches.full),
         checkpointer=_checkpointer(config, world, variant) if writes and saves else None,
@@ -422,15 +428,20 @@ def _samples(config: Config, world: World, prepared: Prepared, built: Built) -> 
 def which_variant(config: Config, coordinates: Coordinates) -> tuple[Variant, bool]:
     """Which of how many different training states a replica holds, and whether it saves it for those with the same."""
     levels: list[tuple[Any, Group]] = list(zip(config.syncs, coordinates.groups(config.group_sizes), strict=True))
-    index, count = 0, 1
+    index, count, twin, twins = 0, 1, 0, 1
+    writes = True
     for sync, group in levels:
         if not sync.keeps_equal:
             index, count = index + group.index * count, count * group.size
-    return (index, count), all(group.index == 0 for sync, group in levels if sync.keeps_equal)
+        elif getattr(sync, "keeps_own", False):
+            twin, twins = twin + group.index * twins, twins * group.size
+        else:
+            writes = writes and group.index == 0
+    return Variant(index, count, twin, twins), writes
 
 
 def _checkpointer(config: Config, world: World, variant: Variant) -> Checkpointer:
-    coordinates, (index, count) = world.coordinates, variant
+    coordinates, (index, count) = world.coordinates, variant.own
     folder = Path(config.train.output) / "checkpoints"
     alone = coordinates.ranks * count == 1 or world.store is None
     return Checkpointer(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paceline.comm.mesh import Axis, Mesh
 from paceline.comm.replica import Finish, Shard, Vote
-from paceline.optim.base import Averaging, OptimizerConfig, Owning, Passes, Searching
+from paceline.optim.base import Averaging, Exchanging, OptimizerConfig, Owning, Passes, Searching
 from paceline.parallel.full import FullTensors
 from paceline.parallel.held import Held
 from paceline.parallel.precision import OnGradient
@@ -99,9 +99,16 @@ class ModuleReplica:
         self._vetoed = False
         states.on_gradient(self._gradient_added)
 
+    @property
+    def gradient_scale(self) -> float:
+        """See ``Replica``."""
+        return self.loss_scale.value
+
     def begin(self, step: int) -> None:
         """Say which step begins: how its update is rounded follows from it."""
         self._vetoed = False
+        if isinstance(self.optimizer, Exchanging):
+            self.optimizer.expect(is_exact=True)
         if self._rounded is not None:
             self._rounded.begin(step)
 
@@ -119,6 +126,15 @@ class ModuleReplica:
         """Call ``fn`` once per shard, in the last backward pass of the coming step or at its end."""
         self._listener = fn
         self._untold = set(self._by_name)
+
+    @torch.no_grad()
+    def outgoing(self, gradients: Mapping[str, Tensor], part: float) -> Mapping[str, Tensor]:
+        """See ``Replica``."""
+        optimizer = self.optimizer
+        if not isinstance(optimizer, Exchanging):
+            return gradients
+        optimizer.expect(is_exact=False)
+        return {name: optimizer.outgoing(self.local[name], value, part) for name, value in gradients.items()}
 
     def expect(self, last: bool) -> None:
         """Say whether the next backward pass is the last of the step."""

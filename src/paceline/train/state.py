@@ -1,7 +1,7 @@
 """What a run must remember to go on as if it had never stopped, by parameter name."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,22 @@ from paceline.train.replica import ModuleReplica
 
 LOSS_SCALE = "loss_scale"
 
-Variant = tuple[int, int]
-"""(index, count): which of how many different copies of the training state a replica holds. Syncs that keep replicas
-equal have one; one replica of each variant saves it."""
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Which of how many different copies of the training state a replica holds. Syncs that keep replicas equal have
+    one; one replica of each variant saves it. Those that besides keep something of their own all save that."""
+
+    index: int
+    count: int
+    twin: int = 0
+    """This replica among those that save, of the same variant."""
+    twins: int = 1
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """(index, count) among all replicas that save."""
+        return self.index * self.twins + self.twin, self.count * self.twins
 
 
 def tensors(
@@ -45,12 +58,18 @@ def tensors(
         own[f"adjustment/{name}"] = placed(kept_local, name, replica)
     if replica.loss_scale.is_dynamic:
         own[LOSS_SCALE] = _of_all_ranks(replica.loss_scale.state(), replica)
-    if variant[1] > 1:
+    if variant.count > 1:
         dealt = _dealt_out(own, replica)
         own = {slot: _of_replica(state, variant, slot in dealt) for slot, state in own.items()}
+    if variant.twins > 1:
+        own = {slot: _shared(state, (variant.twin, variant.twins)) for slot, state in own.items()}
     frozen = {f"model/{name}": _like(local_part(p), name, replica) for name, p in replica.frozen.items()}
-    kept = {f"sync/{key}": _kept(key, state, replica, variant) for key, state in sync.state().items()}
-    return own | {slot: _shared(state, variant) for slot, state in frozen.items()} | kept
+    kept = {
+        f"sync/{key}": _kept(key, state, replica, variant)
+        for key, state in sync.state().items()
+        if state.owner != "elsewhere"
+    }
+    return own | {slot: _shared(state, variant.own) for slot, state in frozen.items()} | kept
 
 
 def _dealt_out(own: Mapping[str, TensorState], replica: ModuleReplica) -> set[str]:
@@ -65,14 +84,16 @@ def _dealt_out(own: Mapping[str, TensorState], replica: ModuleReplica) -> set[st
 
 def _of_replica(state: TensorState, variant: Variant, is_dealt: bool) -> TensorState:
     """What each of several replicas has: with another number of them the mean, or dealt out to them."""
-    own = per_replica(state, variant)
+    own = per_replica(state, (variant.index, variant.count))
     return replace(own, rule=Rule.CLONE) if is_dealt else own
 
 
 def _kept(key: str, kept: SyncState, replica: ModuleReplica, variant: Variant) -> TensorState:
     """A tensor of a sync: like a parameter; the same on all ranks that hold parts of one; or on all of the replica."""
     like, name = kept.like, key.rpartition("/")[0]
-    if like is not None:
+    if kept.owner is not None:
+        state = tensor_state(kept.tensor, Kind.REPLICATED)
+    elif like is not None:
         state = _like(kept.tensor, like, replica)
     elif name in replica.local:
         full = replica.full
@@ -80,8 +101,8 @@ def _kept(key: str, kept: SyncState, replica: ModuleReplica, variant: Variant) -
     else:
         state = _of_all_ranks(kept.tensor, replica)
     if kept.rule is None:
-        return _shared(state, variant)
-    return replace(per_replica(state, variant), rule=Rule(kept.rule))
+        return _shared(state, variant.own)
+    return replace(per_replica(state, variant.own), rule=Rule(kept.rule))
 
 
 def _of_all_ranks(tensor: Tensor, replica: ModuleReplica) -> TensorState:
@@ -89,9 +110,9 @@ def _of_all_ranks(tensor: Tensor, replica: ModuleReplica) -> TensorState:
     return tensor_state(tensor, Kind.REPLICATED, holder=(world.index, world.size))
 
 
-def _shared(state: TensorState, variant: Variant) -> TensorState:
-    """What all that save hold alike: one of them writes it."""
-    (index, count), (inner, holders) = variant, state.holder
+def _shared(state: TensorState, place: tuple[int, int]) -> TensorState:
+    """What several replicas that save, (index, count), hold alike: one of them writes it."""
+    (index, count), (inner, holders) = place, state.holder
     return replace(state, holder=(index * holders + inner, count * holders))
 
 
@@ -128,7 +149,7 @@ def restore(
             continue
         parameter, entry = replica.local[name], checkpoint.entry(slot)
         is_own = entry.kind is Kind.PER_REPLICA
-        if is_own and entry.shape[0] == variant[1] > 1 and variant[0] not in entry.holders:
+        if is_own and entry.shape[0] == variant.count > 1 and variant.index not in entry.holders:
             elsewhere.add(slot)  # this replica had not begun
             continue
         shape: tuple[int, ...] = entry.shape[1:] if is_own else entry.shape
@@ -145,6 +166,7 @@ def restore(
         device = "cpu" if not shape and dtype is torch.float64 else parameter.device
         empty = torch.zeros(shape, dtype=dtype, device=device)
         replica.optimizer.state.setdefault(parameter, {})[key] = empty
+    elsewhere |= {f"sync/{key}" for key, kept in sync.state().items() if kept.owner == "elsewhere"}
     here = tensors(model, replica, sync, variant, average=average)
     if LOSS_SCALE not in checkpoint.names:
         here.pop(LOSS_SCALE, None)

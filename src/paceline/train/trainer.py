@@ -64,7 +64,7 @@ class Loop:
             kept = (parts.average.tensors, isinstance(replica.optimizer, Averaging), replica.adjusted())
             copies = 1 + sum(map(bool, kept))
             needed = 4 * copies * parts.sizes.trainable + parts.optimizer_config.state_bytes(parts.shapes)
-            check_space(self._checkpoints, 2 * needed * parts.variant[1])
+            check_space(self._checkpoints, 2 * needed * parts.variant.count)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -161,7 +161,7 @@ class Loop:
                 "after a multiple of the steps between their exchanges"
             )
         averages = parts.built.replica.averages()
-        if self.coordinates.ranks > 1 or (parts.variant[1] > 1 and (averages or parts.average.is_exported)):
+        if self.coordinates.ranks > 1 or (parts.variant.count > 1 and (averages or parts.average.is_exported)):
             return SavedWeights(load(self._checkpoints, self.step), averaged=parts.average.is_exported)
         learned = {name: p.detach() for name, p in parts.built.replica.local.items()} | averages
         learned |= parts.average.tensors if parts.average.is_exported else {}
@@ -184,7 +184,7 @@ class Loop:
         """What is evaluated in place of the parameters of now, by name; none for what stays. All ranks call it."""
         parts, replica = self.parts, self.parts.built.replica
         if averages := parts.average.measured or replica.averages():
-            return averages if parts.variant[1] == 1 else over_replicas(parts.world.link, averages)
+            return averages if parts.variant.count == 1 else over_replicas(parts.world.link, averages)
         return {} if parts.sync.is_agreed(self.step) else parts.sync.agreed(replica)
 
     def save(self) -> None:

@@ -215,7 +215,7 @@ class Trial:
 
     def judge(self, case: Case) -> Row:
         """Train under a layout, and compare; in fp64 if rounding could change which experts are chosen."""
-        if case.replicas != self._replicas and not self._config.keeps_equal:
+        if case.replicas != self._replicas and not self._config.is_exact:
             try:
                 plan_run(self._of(case, self._folder))
             except PlanError as error:

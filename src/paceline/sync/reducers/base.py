@@ -4,7 +4,7 @@ A reducer sees this rank's parts of the tensors and, in ``Shard.part``, which bo
 it makes of a value must not depend on how a replica is cut: it works on single values, or on blocks of full tensors.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
@@ -44,7 +44,15 @@ class Reducer(Protocol):
     def weighted_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Mapping[str, Tensor]:
         """Sum over the members of ``share`` times ``values``, by the names of the shards; the same bits on all.
 
-        Results may be views of buffers that the next call uses. ``step``: what is drawn follows from it.
+        Results may be views of buffers that the next call uses. ``step``: what is drawn follows from it. What is not
+        finite in one member leaves something that is not finite in the sum.
+        """
+        ...
+
+    def settle(self, unused: Collection[str] = ()) -> None:
+        """Say that the last sum has been used, but for some names, whose state becomes what it was before that sum.
+
+        Until then both are kept; who always uses a sum may leave this out.
         """
         ...
 

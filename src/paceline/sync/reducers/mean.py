@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ class Mean(Options):
     """Tensors are sent in buckets of about this size."""
 
     is_exact: ClassVar[bool] = True
+    source: ClassVar[str] = "no encoding"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
         """The tensors once round a ring."""
@@ -74,6 +75,9 @@ class MeanReducer:
             return sums
 
         return wait
+
+    def settle(self, unused: Collection[str] = ()) -> None:
+        """Nothing to settle."""
 
     def state(self) -> Mapping[str, SyncState]:
         """Nothing is left out."""
