@@ -21,7 +21,18 @@ PUBLIC = {
         "NonFiniteElsewhere",
         "MissingExtraError",
     },
-    "paceline.registry": {"Table", "unknown", "AVERAGES", "OBJECTIVES", "OPTIMIZERS", "SCHEDULES", "SYNCS", "REDUCERS"},
+    "paceline.registry": {
+        "Table",
+        "unknown",
+        "AVERAGES",
+        "OBJECTIVES",
+        "OPTIMIZERS",
+        "SCHEDULES",
+        "SYNCS",
+        "REDUCERS",
+        "SERVERS",
+        "AGGREGATES",
+    },
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import yaml
 
 from paceline.config import STRATEGIES, Config, Options, strategy_name
-from paceline.registry import REDUCERS, Table
+from paceline.registry import AGGREGATES, REDUCERS, SERVERS, Table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "config.md"
 HEAD = """\
@@ -70,7 +70,8 @@ def strategy_section(name: str) -> str:
     lines = [f"## `{name}`\n\nA name, or `{{name: ..., options}}`. Default: `{default}`.{levels}\n"]
     lines += choices(name, known)
     if name == "sync":
-        lines += choices(REDUCERS.kind, REDUCERS)
+        for inner in (REDUCERS, SERVERS, AGGREGATES):
+            lines += choices(inner.kind, inner)
     return "\n".join(lines)
 
 
@@ -79,6 +80,15 @@ def choices(name: str, known: Table) -> Iterator[str]:
     for choice in known:
         cls = known.load(choice)
         yield f"### `{name}: {choice}`\n\n{summary(cls)}\n\n{table(cls, cls.model_fields)}"
+        yield from below(f"{name}: {choice}", cls)
+
+
+def below(name: str, cls: type[Options]) -> Iterator[str]:
+    """A heading for each key of a strategy that is a section, and for those within it."""
+    for key in cls.model_fields:
+        if (inner := section(cls, key)) is not None:
+            yield f"#### `{name}`, `{key}`\n\n{summary(inner)}\n\n{table(inner, inner.model_fields)}"
+            yield from below(f"{name}, {key}", inner)
 
 
 def summary(cls: type[Options]) -> str:
@@ -123,7 +133,8 @@ def kind(schema: dict[str, Any], whole: dict[str, Any]) -> str:
 def code(value: Any) -> str:
     """A default as it is written in YAML."""
     if isinstance(value, Options):
-        if any(type(value) is REDUCERS.load(name) for name in REDUCERS):
+        tables = (REDUCERS, SERVERS, AGGREGATES)
+        if any(type(value) is known.load(name) for known in tables for name in known):
             return f"`{strategy_name(value)}`"
         return f"`{yaml.safe_dump(value.model_dump(), default_flow_style=True).strip()}`"
     if isinstance(value, tuple):

@@ -80,6 +80,29 @@ class SourceConfig(Options):
     weight: Positive = 1.0
 
 
+class ClientsConfig(Options):
+    """Who owns which documents in a federated run."""
+
+    by: Literal["natural", "dirichlet"] = "natural"
+    """``natural``: documents of one ``label`` are of one client. ``dirichlet``: each label's documents are dealt to
+    clients in shares drawn from a Dirichlet distribution."""
+    label: Text = "file"
+    """What tells documents apart: the ``file`` or the ``source`` that they come from, or what a column with this name
+    holds, in JSON lines, CSV and Parquet."""
+    count: Count | None = None
+    """How many clients; default of ``natural``: one for each label."""
+    alpha: Positive = 0.5
+    """Of ``dirichlet``: how alike clients are. 0.1: most have few labels; 100: nearly all have the same shares."""
+    least: Count = 1
+    """Documents that every client of ``dirichlet`` has at least; shares are drawn anew until it is so."""
+
+    @model_validator(mode="after")
+    def _has_count(self) -> Self:
+        if self.by == "dirichlet" and self.count is None:
+            raise ValueError("by=dirichlet needs a count of clients, for example {by: dirichlet, count: 100}")
+        return self
+
+
 class DataConfig(Options):
     """What is learned from, and how it is cut into documents and dealt out."""
 
@@ -99,6 +122,8 @@ class DataConfig(Options):
     """Entries of a tokenizer trained on the data; default: as many as the model has, or 8192."""
     isolate_documents: bool = False
     """Positions restart and attention does not cross at a document boundary inside a packed row."""
+    clients: ClientsConfig | None = None
+    """Of ``sync: federated``: who owns which documents."""
     cache: Text | None = None
     """Folder of tokenised data; default: ``$PACELINE_CACHE`` or ``~/.cache/paceline``."""
 
@@ -109,6 +134,12 @@ class DataConfig(Options):
         if not all(source.source for source in self.sources):
             raise ValueError("source is an empty text; expected a path, directory, glob or named corpus")
         return self
+
+    @property
+    def label(self) -> str | None:
+        """The column of tables that tells clients apart, if it is one."""
+        label = None if self.clients is None else self.clients.label
+        return None if label in ("file", "source") else label
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
@@ -154,7 +185,7 @@ class BatchConfig(Options):
     """The batch of one step, over all ranks."""
 
     sequences: Count = 8
-    """Sequences of one step, over all ranks."""
+    """Sequences of one step, over all ranks; with ``sync: federated``, of one local step of one client."""
     sequence_tokens: Count = 512
     """Tokens of one sequence."""
     micro: Count | Literal["auto"] | None = None
@@ -208,7 +239,7 @@ class TrainConfig(Options):
     """How long, and where the results go."""
 
     steps: Count
-    """Steps of the whole run; a run that is continued goes on to this one."""
+    """Steps of the whole run; a run that is continued goes on to this one. With ``sync: federated``, rounds."""
     output: Text = "runs/run"
     """The run's folder."""
     clip_norm: Positive | None = 1.0
@@ -379,6 +410,11 @@ class Config(Options):
         return not self.keeps_equal or any(getattr(sync, "keeps_own", False) for sync in self.syncs)
 
     @property
+    def in_rounds(self) -> bool:
+        """Whether a step is a round: clients take steps of their own, one after the other, at each replica."""
+        return any(getattr(sync, "in_rounds", False) for sync in self.syncs)
+
+    @property
     def learning_alone(self) -> str:
         """The sync that lets replicas differ, as the config spells it; there is one."""
         return next(f"sync={strategy_name(sync)}" for sync in self.syncs if not sync.keeps_equal)  # type: ignore[attr-defined]
@@ -454,7 +490,8 @@ def _named(options: Options) -> dict[str, Any]:
 
 def strategy_name(options: Options) -> str:
     """The name under which a strategy's config class stands in its table."""
-    for table in (*(table for table, _ in STRATEGIES.values()), registry.REDUCERS):
+    inner = (registry.REDUCERS, registry.SERVERS, registry.AGGREGATES)
+    for table in (*(table for table, _ in STRATEGIES.values()), *inner):
         for name in table:
             if table.target(name) == f"{type(options).__module__}:{type(options).__name__}":
                 return name

@@ -120,6 +120,7 @@ SYNCS = Table(
         "streaming_diloco": "paceline.sync.streaming_diloco:StreamingDiLoCo",
         "gossip": "paceline.sync.gossip:Gossip",
         "partial": "paceline.sync.partial:Partial",
+        "federated": "paceline.sync.federated:Federated",
     },
 )
 
@@ -136,5 +137,29 @@ REDUCERS = Table(
         "randomk": "paceline.sync.reducers.randomk:RandomK",
         "dct_topk": "paceline.sync.reducers.dct_topk:DctTopK",
         "powersgd": "paceline.sync.reducers.powersgd:PowerSGD",
+    },
+)
+
+SERVERS = Table(
+    "sync.server",
+    {
+        "fedavg": "paceline.sync.servers.fedavg:FedAvg",
+        "fedavgm": "paceline.sync.servers.fedavgm:FedAvgM",
+        "fedadagrad": "paceline.sync.servers.fedadagrad:FedAdagrad",
+        "fedadam": "paceline.sync.servers.fedadam:FedAdam",
+        "fedyogi": "paceline.sync.servers.fedyogi:FedYogi",
+    },
+)
+
+AGGREGATES = Table(
+    "sync.aggregate",
+    {
+        "mean": "paceline.sync.aggregates.mean:Mean",
+        "krum": "paceline.sync.aggregates.krum:Krum",
+        "bulyan": "paceline.sync.aggregates.bulyan:Bulyan",
+        "trimmed_mean": "paceline.sync.aggregates.trimmed_mean:TrimmedMean",
+        "median": "paceline.sync.aggregates.median:Median",
+        "geometric_median": "paceline.sync.aggregates.geometric_median:GeometricMedian",
+        "centred_clipping": "paceline.sync.aggregates.centred_clipping:CentredClipping",
     },
 )

@@ -29,7 +29,7 @@ def log_of(folder: Path, documents: Sequence[Sequence[int]], pieces: int = 1, ke
                 (np.array(part, np.uint32), np.array([len(part)], np.int64)),
                 np.array([3 * len(part)], np.int64),
                 np.array([last]),
-                np.array([(0, 0, place // 2, key)] if last else [], DOCUMENT),
+                np.array([(0, 0, place // 2, key, 0)] if last else [], DOCUMENT),
             )
     log.close()
     return log

@@ -1,6 +1,6 @@
 """What a sync sees of a replica: its own shards of parameters and gradients, and one way to finish a step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -135,5 +135,26 @@ class Replica(Protocol):
         """L2 norms of full tensors of which ``values`` are this rank's parts, by the names of shards.
 
         All ranks that hold parts of them call it together, with the same names in the same order, and get the same.
+        """
+        ...
+
+
+class VisitedReplica(Replica, Protocol):
+    """A replica at which clients learn one after the other."""
+
+    def forget(self) -> None:
+        """Let the optimizer begin anew: the next client has not moved yet."""
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Copies of what the optimizer keeps on this rank, as ``PARAMETER/what``."""
+        ...
+
+    def recall(self, moments: Mapping[str, torch.Tensor]) -> None:
+        """Let the optimizer go on from such copies, and from nothing where there are none."""
+
+    def square_sums(self, tensors: Iterable[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        """Sum of squares of each of some sets of tensors like the shards, by name, over the replica: (sets,) fp64, CPU.
+
+        What several ranks hold alike counts once.
         """
         ...

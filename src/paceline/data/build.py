@@ -60,10 +60,15 @@ class Build:
         parts = {
             "format": _FORMAT,
             "files": [[[file.kind, file.packed, next(hashes)] for file in files] for files in self.sources],
-            "cut": [self.columns, self.data.document, self.data.split, self.data.held_out],
+            "cut": [self.columns, self.data.document, self.data.split, self.data.held_out, *self._labels],
             "tokenizer": self.given.fingerprint if self.given else [self.vocabulary, self.extra_tokens],
         }
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    @property
+    def _labels(self) -> list[str]:
+        """The column that is kept for each document, if there is one."""
+        return [] if self.data.label is None else [self.data.label]
 
     def __call__(self, folder: Path) -> None:
         """Fill the empty ``folder``."""
@@ -96,7 +101,7 @@ class Build:
         return train(texts, self.vocabulary, self.extra_tokens, folder)
 
     def _training_texts(self, files: tuple[SourceFile, ...]) -> Iterator[str]:
-        for item in documents(files, self.columns, self.data.document, "sample"):
+        for item in documents(files, self.columns, self.data.document, "sample", self.data.label):
             if isinstance(item, Document) and not item.empty and not is_held_out(item.key, self.data.held_out):
                 yield from item.texts
 
@@ -105,9 +110,14 @@ class Build:
         name, files, place = self.data.sources[index].source, self.sources[index], folder / str(index)
         tally, logs = Tally(), []
         for column in range(len(self.columns)):
-            items = documents(files, self.columns, self.data.document, self.data.split)
+            items = documents(files, self.columns, self.data.document, self.data.split, self.data.label)
             kept = usable(items, tally if column == 0 else Tally(), quarantine if column == 0 else None)
-            log = TokenLog(place / f"log{column}", token_dtype(tokenizer.special.vocabulary), tokenizer.special.end)
+            log = TokenLog(
+                place / f"log{column}",
+                token_dtype(tokenizer.special.vocabulary),
+                tokenizer.special.end,
+                labelled=bool(self._labels),
+            )
             self._encode(kept, column, tokenizer, log, name)
             logs.append(log)
         if tally.documents == 0:
@@ -188,7 +198,7 @@ class _Chunk:
     texts: list[bytes] = field(default_factory=list)
     ends: list[bool] = field(default_factory=list)
     """Whether the document ends with the piece."""
-    meta: list[tuple[int, int, int, int]] = field(default_factory=list)
+    meta: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     """``DOCUMENT`` for each document that ends here, without its sizes."""
 
 
@@ -201,7 +211,7 @@ def _chunks(items: Iterable[Document], column: int) -> Iterator[_Chunk]:
             chunk.ends.append(ends)
             held_bytes += len(piece)
             if ends:
-                chunk.meta.append((0, 0, document.file, document.key))
+                chunk.meta.append((0, 0, document.file, document.key, document.label))
             if held_bytes >= _CHUNK_BYTES:
                 yield chunk
                 chunk, held_bytes = _Chunk(), 0

@@ -33,6 +33,8 @@ class Document:
     """Index of its file in the source."""
     key: int
     """64-bit hash of the first text, as it was before sentences were cut: who has the same key is held out together."""
+    label: int = 0
+    """63-bit hash of what its row says of where it belongs, if that was asked for."""
     opens: bool = True
     """False for the second and later sentences of a document."""
 
@@ -42,10 +44,16 @@ class Document:
         return any(not text or text.isspace() for text in self.texts)
 
 
-def check(files: Sequence[SourceFile], document: str, split: str, columns: Sequence[str]) -> None:
+def check(
+    files: Sequence[SourceFile], document: str, split: str, columns: Sequence[str], label: str | None = None
+) -> None:
     """Raise ``DataError`` if the files cannot be cut as asked."""
     for file in files:
         table = file.kind != "text"
+        if label is not None and not table:
+            raise DataError(
+                f"data.clients.label={label}: {file.name} is text and has no columns; use file or source, or a table"
+            )
         if document == "row" and not table:
             raise DataError(f"data.document=row: {file.name} is text and has no rows; use file, paragraph or line")
         if document == "file" and table:
@@ -59,17 +67,19 @@ def check(files: Sequence[SourceFile], document: str, split: str, columns: Seque
 
 
 def documents(
-    files: Sequence[SourceFile], columns: Sequence[str], document: str, split: str
+    files: Sequence[SourceFile], columns: Sequence[str], document: str, split: str, label: str | None = None
 ) -> Iterator[Document | BadRow]:
-    """Yield every document, empty ones too, and in its place every row that is none."""
+    """Yield every document, empty ones too, and in its place every row that is none. ``label``: a further column."""
+    wanted = columns if label is None else (*columns, label)
     for index, file in enumerate(files):
-        for item in _texts(file, columns, document):
+        for item in _texts(file, wanted, document, len(columns)):
             if isinstance(item, BadRow):
                 yield item
                 continue
-            whole = Document(item, index, _key(item[0]))
+            texts, belongs = item[: len(columns)], item[len(columns) :]
+            whole = Document(texts, index, _key(texts[0]), _key(belongs[0]) >> 1 if belongs else 0)
             if split == "sentence" and not whole.empty:
-                for place, sentence in enumerate(sentences(item[0])):
+                for place, sentence in enumerate(sentences(texts[0])):
                     yield replace(whole, texts=(sentence,), opens=place == 0)
             else:
                 yield whole
@@ -79,7 +89,8 @@ def _key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _texts(file: SourceFile, columns: Sequence[str], document: str) -> Iterator[tuple[str, ...] | BadRow]:
+def _texts(file: SourceFile, columns: Sequence[str], document: str, texts: int) -> Iterator[tuple[str, ...] | BadRow]:
+    """The cells of each document, of which the first ``texts`` are its texts."""
     if file.kind == "text":
         try:
             with file.open() as handle:
@@ -92,7 +103,7 @@ def _texts(file: SourceFile, columns: Sequence[str], document: str) -> Iterator[
         if isinstance(cells, BadRow) or document in ("auto", "row"):
             yield cells
         else:
-            yield from ((raw.decode(),) for _, raw in _pieces(io.BytesIO(cells[0].encode()), document))
+            yield from ((raw.decode(), *cells[texts:]) for _, raw in _pieces(io.BytesIO(cells[0].encode()), document))
 
 
 def _text(file: SourceFile, number: int, raw: bytes, codec: str) -> tuple[str] | BadRow:

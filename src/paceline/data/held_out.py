@@ -9,7 +9,7 @@ document, an end-of-text token closes its first half. Of pairs, whole ones are h
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from paceline.data.tokens import write_set
 FEW_DOCUMENTS = 100
 _LEAST_TOKENS = 1024
 
-DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("file", "<i4"), ("key", "<u8")])
-"""What is kept of a document: its length with the end-of-text token, its UTF-8 bytes, its file, its hash."""
+DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("file", "<i4"), ("key", "<u8"), ("label", "<i8")])
+"""What is kept of a document: its length with the end-of-text token, its UTF-8 bytes, its file, its hash, its label."""
 
 
 def is_held_out(key: Any, fraction: float) -> Any:
@@ -34,9 +34,9 @@ def is_held_out(key: Any, fraction: float) -> Any:
 class TokenLog:
     """Tokenised documents of one source, appended to files in ``folder`` while they arrive."""
 
-    def __init__(self, folder: Path, dtype: np.dtype[Any], end: int) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype[Any], end: int, *, labelled: bool = False) -> None:
         folder.mkdir(parents=True)
-        self.folder = folder
+        self.folder, self.labelled = folder, labelled
         self.dtype, self.end = dtype, end
         self._tokens_path, self._documents_path = folder / "tokens", folder / "documents"
         self._tokens, self._documents = self._tokens_path.open("wb"), self._documents_path.open("wb")
@@ -46,7 +46,7 @@ class TokenLog:
         """Append P pieces of documents.
 
         ``n_bytes`` (P,) and ``ends`` (P,) say of each piece how long its text is and whether its document ends with it;
-        ``meta`` (documents that end,) has their ``file`` and ``key`` as ``DOCUMENT``.
+        ``meta`` (documents that end,) has their ``file``, ``key`` and ``label`` as ``DOCUMENT``.
         """
         ids, lengths = encoded
         behind = np.cumsum(lengths)
@@ -81,6 +81,7 @@ class Part:
     starts: NDArray[np.int64]
     stops: NDArray[np.int64]
     files: NDArray[np.int32]
+    labels: NDArray[np.int64]
     n_bytes: int
     closed: bool = True
     """False if the last document is a first half, which still needs its end-of-text token."""
@@ -92,7 +93,13 @@ class Part:
         if not self.closed:
             lengths[-1] += 1
         write_set(
-            folder, self._blocks(tokens, log), dtype=log.dtype, lengths=lengths, files=self.files, n_bytes=self.n_bytes
+            folder,
+            self._blocks(tokens, log),
+            dtype=log.dtype,
+            lengths=lengths,
+            files=self.files,
+            labels=self.labels if log.labelled else None,
+            n_bytes=self.n_bytes,
         )
         return int(lengths.sum())
 
@@ -130,7 +137,11 @@ def _part(log: TokenLog, chosen: NDArray[np.bool_]) -> Part:
     stops = np.cumsum(documents["tokens"])
     kept = documents[chosen]
     return Part(
-        (stops - documents["tokens"])[chosen], stops[chosen], kept["file"].astype(np.int32), int(kept["bytes"].sum())
+        (stops - documents["tokens"])[chosen],
+        stops[chosen],
+        kept["file"].astype(np.int32),
+        kept["label"].astype(np.int64),
+        int(kept["bytes"].sum()),
     )
 
 
@@ -147,6 +158,6 @@ def _cut(log: TokenLog, fraction: float, count_bytes: Callable[[NDArray[Any]], i
         return before, behind
     n_bytes = int(documents["bytes"][through][0])
     second_bytes = min(n_bytes, count_bytes(tokens[at : int(stops[through][0]) - 1]))
-    first = Part(before.starts, np.minimum(before.stops, at), before.files, before.n_bytes - second_bytes, False)
-    second = Part(np.maximum(behind.starts, at), behind.stops, behind.files, behind.n_bytes - n_bytes + second_bytes)
+    first = replace(before, stops=np.minimum(before.stops, at), n_bytes=before.n_bytes - second_bytes, closed=False)
+    second = replace(behind, starts=np.maximum(behind.starts, at), n_bytes=behind.n_bytes - n_bytes + second_bytes)
     return first, second

@@ -54,7 +54,7 @@ class SampleOrder:
         rows = np.empty(count, np.int64)
         for source in np.unique(sources).tolist():
             here = sources == source
-            rows[here] = _shuffled(index[here], self._lengths[source], (*self._key, "source", source))
+            rows[here] = shuffled(index[here], self._lengths[source], (*self._key, "source", source))
         return sources, rows
 
     def slots(self, first: int, count: int) -> Ints:
@@ -107,7 +107,7 @@ class FileOrder:
         rows = np.empty(count, np.int64)
         for stream in np.unique(stream_of).tolist():
             here, begins = stream_of == stream, self._begins[stream]
-            place = _shuffled(index[here], int(begins[-1]), (*self._key, "files", stream))
+            place = shuffled(index[here], int(begins[-1]), (*self._key, "files", stream))
             nth = np.searchsorted(begins, place, side="right") - 1
             rows[here] = self._first_row[self._files[stream][nth]] + place - begins[nth]
         return np.zeros(count, np.int64), rows
@@ -122,7 +122,7 @@ class FileOrder:
         return tuple(count / int(begins[-1]) for count, begins in zip(drawn, self._begins, strict=True))
 
 
-def _shuffled(index: Ints, length: int, key: Key) -> Ints:
+def shuffled(index: Ints, length: int, key: Key) -> Ints:
     """Rows (k,) drawn as number ``index`` (k,) from ``length`` rows that are permuted anew in each epoch."""
     epochs, places = np.divmod(index, length)
     rows = np.empty_like(places)

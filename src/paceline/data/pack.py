@@ -17,7 +17,8 @@ class PackedRows:
     Neighbouring rows share ``overlap`` tokens. To predict the next token of each of S positions, take
     ``row_tokens=S + 1`` and ``overlap=1``: every token but the first is predicted exactly once. ``shuffle_key`` joins
     the documents in a permuted order instead of the stored one; ``by_file`` joins only the documents of one file, so
-    that no row holds parts of two. What does not fill a last row is left out and counted in ``dropped_tokens``, or
+    that no row holds parts of two; ``clients`` (D,), the client of each document,
+    only those of one client. What does not fill a last row is left out and counted in ``dropped_tokens``, or
     with ``keep_tail`` (for measuring: every token counts) becomes a shorter row.
 
     Raises ``DataError`` where not one row can be filled, unless ``keep_tail``.
@@ -31,11 +32,13 @@ class PackedRows:
         *,
         shuffle_key: Key | None = None,
         by_file: bool = False,
+        clients: Ints | None = None,
         keep_tail: bool = False,
     ) -> None:
         assert 0 <= overlap < row_tokens, (overlap, row_tokens)
         self._row_tokens, self._stride = row_tokens, row_tokens - overlap
-        assert shuffle_key is None or not by_file, "documents are shuffled or kept by file"
+        ways = (shuffle_key is not None, by_file, clients is not None)
+        assert sum(ways) <= 1, "documents are shuffled, or kept by file, or by client"
         # Plain views: slicing a np.memmap costs more than reading the row.
         self._tokens, self._offsets = np.asarray(token_set.tokens), np.asarray(token_set.offsets)
         self._documents: Ints | None = None  # the order in which they are joined, where it is not the stored one
@@ -43,19 +46,26 @@ class PackedRows:
         documents = len(token_set)
         if shuffle_key is not None and documents > 0:
             self._documents = Permutation(documents, shuffle_key)(np.arange(documents))
+        elif clients is not None:
+            self._documents = np.argsort(clients, kind="stable")
+        if self._documents is not None:
             self._begins = np.concatenate([[0], np.cumsum(np.diff(self._offsets)[self._documents])])
-        # What is joined to one piece is a part: the documents of a file, or all of them.
-        self._part_bounds = self._begins[_file_bounds(token_set) if by_file else [0, documents]]
+        # What is joined to one piece is a part: the documents of a file or of a client, or all of them.
+        bounds = _file_bounds(token_set) if by_file else np.array([0, documents])
+        if clients is not None:
+            bounds = np.concatenate([[0], np.cumsum(np.bincount(clients))])
+        self._part_bounds = self._begins[bounds]
         part_tokens = np.diff(self._part_bounds)
         full_rows, rest = np.divmod(np.maximum(part_tokens - overlap, 0), self._stride)
         self.rows_per_part: Ints = full_rows + (rest > 0) if keep_tail else full_rows
-        """(parts,) rows of each file in the order of the rows; of everything, without ``by_file``."""
+        """(parts,) rows of each file, or client, in the order of the rows; of everything, where parts are not told."""
         self._first_row = np.concatenate([[0], np.cumsum(self.rows_per_part)])
         held = np.minimum(self.rows_per_part * self._stride + overlap, part_tokens)
         self.dropped_tokens = int((part_tokens - np.where(self.rows_per_part > 0, held, 0)).sum())
         """Tokens that stand in no row."""
         if not keep_tail and len(self) == 0:
             what = "the longest file of the data" if by_file else "the data"
+            what = "the largest client of the data" if clients is not None else what
             raise DataError(
                 f"{what} gives {part_tokens.max()} tokens, fewer than the {row_tokens} that one sequence takes "
                 "(batch.sequence_tokens); use more data or shorter sequences"

@@ -58,9 +58,10 @@ def prepare(
     the data is a dataset of the Hugging Face hub and ``datasets`` is not installed.
     """
     folder = cache.default_folder(data.cache)
-    sources = tuple(_files(source.source, columns, folder, say) for source in data.sources)
+    wanted = columns if data.label is None else (*columns, data.label)
+    sources = tuple(_files(source.source, wanted, folder, say) for source in data.sources)
     for files in sources:
-        check(files, data.document, data.split, columns)
+        check(files, data.document, data.split, columns, data.label)
     name = data.tokenizer or tokenizer
     given = load(name) if name else None
     if given and name:

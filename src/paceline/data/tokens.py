@@ -6,6 +6,7 @@ ranks of one machine share its pages:
     tokens.npy    (N,) uint16 or uint32     the documents one after the other, each ended by the end-of-text token
     offsets.npy   (D + 1,) int64            document d is tokens[offsets[d]:offsets[d + 1]]
     files.npy     (D,) int32                the file the document came from
+    labels.npy    (D,) int64                a hash of what its row says of where it belongs, if that was asked for
     set.json      {"bytes": ...}            UTF-8 bytes of the text, for bits per byte
     target/                                 the second column of paired data: a set of the same D
 """
@@ -34,6 +35,8 @@ class TokenSet:
     files: NDArray[np.int32]
     n_bytes: int
     target: "TokenSet | None" = None
+    labels: NDArray[np.int64] | None = None
+    """(D,) hashes of what the rows of the documents say of where they belong."""
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -46,13 +49,14 @@ class TokenSet:
     @classmethod
     def open(cls, folder: Path) -> "TokenSet":
         """Map the set written to ``folder`` into memory."""
-        target = folder / "target"
+        target, labels = folder / "target", folder / "labels.npy"
         return cls(
             tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
             offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
             files=np.load(folder / "files.npy", mmap_mode="r"),
             n_bytes=json.loads((folder / "set.json").read_text())["bytes"],
             target=cls.open(target) if target.exists() else None,
+            labels=np.load(labels, mmap_mode="r") if labels.exists() else None,
         )
 
 
@@ -69,6 +73,7 @@ def write_set(
     lengths: NDArray[np.int64],
     files: NDArray[np.int32],
     n_bytes: int,
+    labels: NDArray[np.int64] | None = None,
 ) -> None:
     """Write a set whose token stream is the concatenation of ``blocks``; ``lengths`` (D,) are tokens per document.
 
@@ -84,4 +89,6 @@ def write_set(
     assert written == offsets[-1] * dtype.itemsize, f"{written} bytes of tokens for {offsets[-1]} tokens"
     np.save(folder / "offsets.npy", offsets)
     np.save(folder / "files.npy", files.astype(np.int32))
+    if labels is not None:
+        np.save(folder / "labels.npy", labels)
     (folder / "set.json").write_text(json.dumps({"bytes": n_bytes}))

@@ -30,7 +30,7 @@ def round_box(exact: Tensor, kept: Tensor, *, start: Sequence[int], full_shape: 
     """
     if exact.ndim == 0:
         exact, kept, start, full_shape = exact.view(1), kept.view(1), (0,), (1,)
-    rows = _rows(exact, start, full_shape)
+    rows = row_numbers(exact, start, full_shape)
     columns = torch.arange(start[-1], start[-1] + exact.shape[-1], device=exact.device)
     for part in _parts(exact):
         bits = drawn(fold(key, rows[part]), columns).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
@@ -38,7 +38,7 @@ def round_box(exact: Tensor, kept: Tensor, *, start: Sequence[int], full_shape: 
         kept[part].copy_(bits.bitwise_and_(-0x10000).view(torch.float32))
 
 
-def _rows(box: Tensor, start: Sequence[int], full_shape: Sequence[int]) -> Tensor:
+def row_numbers(box: Tensor, start: Sequence[int], full_shape: Sequence[int]) -> Tensor:
     """The number of each row (all dimensions but the last) in the full tensor: int64, of the shape without the last."""
     rows = torch.zeros((), dtype=torch.int64, device=box.device)
     for at, size, full in zip(start[:-1], box.shape[:-1], full_shape[:-1], strict=True):

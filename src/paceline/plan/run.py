@@ -6,6 +6,7 @@ from paceline.config import BatchConfig, Config
 from paceline.errors import PlanError
 from paceline.plan.adjustments import check_adjustments
 from paceline.plan.batch import Batches, BatchPlan, plan_batch, sequences_of
+from paceline.plan.federated import check_federated
 from paceline.plan.layout import Grid, check_offload
 from paceline.plan.optimizer import check_optimizer
 from paceline.plan.policy import check_policies
@@ -18,6 +19,7 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
     """The grid and the batch; ``PlanError`` for what does not go together, whatever the model."""
     layout = config.layout
     check_precision(config)
+    check_federated(config)
     grid = Grid.of(layout)
     batch = plan_batches(config).full
     check_rate(config)
@@ -68,7 +70,7 @@ def plan_batches(config: Config, micro: int | None = None) -> Batches:
 
 
 def _plan(config: Config, batch: BatchConfig) -> BatchPlan:
-    data_parallel = config.all_replicas * Grid.of(config.layout).shard
+    data_parallel = (1 if config.in_rounds else config.all_replicas) * Grid.of(config.layout).shard
     plan = plan_batch(_with_micro(batch, config, data_parallel), data_parallel)
     check_schedule(config.layout, plan, compiled=config.train.compile)
     return plan

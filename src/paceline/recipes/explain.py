@@ -25,6 +25,7 @@ from paceline.train.assemble import (
     resolve_model,
     wanted_vocabulary,
 )
+from paceline.train.clients import check_extras
 from paceline.verify.subject import Subject
 
 
@@ -50,9 +51,21 @@ class Plan:
         return self.batches.full
 
     @property
-    def tokens(self) -> int:
-        """Of the whole run, over all ranks."""
-        return self.batches.sequences(1, self.config.train.steps) * self.batch.sequence_tokens
+    def tokens(self) -> int | None:
+        """Of the whole run, over all ranks; None where clients make passes over data that have not been read."""
+        sync: Any = self.config.syncs[-1]
+        in_rounds = self.config.in_rounds
+        if in_rounds and sync.local_steps is None:
+            return None
+        times = self._clients * sync.local_steps if in_rounds else 1
+        return times * self.batches.sequences(1, self.config.train.steps) * self.batch.sequence_tokens
+
+    @property
+    def _clients(self) -> int:
+        """Of a round, if nobody is late."""
+        sync: Any = self.config.syncs[-1]
+        updates: int = sync.updates
+        return updates
 
     def values(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -81,10 +94,11 @@ class Plan:
         lines = [
             f"model      {self.model.parameters:,} parameters in {self.model.tensors} tensors, "
             f"{self.model.layers} blocks{open_note}",
-            f"batch      {b.sequences} sequences x {b.sequence_tokens} tokens = {b.tokens:,} tokens a step"
+            f"batch      {b.sequences} sequences x {b.sequence_tokens} tokens = {b.tokens:,} tokens a "
+            f"{'local step' if c.in_rounds else 'step'}"
             f" = {b.data_parallel} rank(s) x {self._micro_words()}{filling}",
             *self._line("", growth_words(c, self.batches)),
-            f"run        {c.train.steps:,} steps, {self.tokens:,} tokens, into {c.train.output}",
+            f"run        {self._run_words()}, into {c.train.output}",
             f"precision  {self._precision_words()}",
             f"logits     {self._logits()}",
             f"optimizer  {strategy_name(c.optimizer)}, {strategy_name(c.schedule)} schedule",
@@ -112,6 +126,17 @@ class Plan:
     def _dealt(self) -> dict[str, Any]:
         """The batch, as far as it is known before the run."""
         return {**asdict(self.batch), **({"micro": "auto", "micro_batches": "auto"} if self._is_auto else {})}
+
+    def _run_words(self) -> str:
+        """How long it is; of clients that make whole passes, the tokens are known when the data have been read."""
+        tokens = "" if self.tokens is None else f", {self.tokens:,} tokens"
+        if not self.config.in_rounds:
+            return f"{self.config.train.steps:,} steps{tokens}"
+        sync: Any = self.config.syncs[-1]
+        each = (
+            f"{sync.local_steps} local steps" if sync.local_steps else f"{sync.epochs or 1} pass(es) over its own data"
+        )
+        return f"{self.config.train.steps:,} rounds of {self._clients} clients, {each} each{tokens}"
 
     def _micro_words(self) -> str:
         if self._is_auto:
@@ -160,13 +185,15 @@ class Plan:
     def _duty(self, rank: int) -> str:
         batch, (replica, inside) = self.batch, divmod(rank, self.grid.ranks)
         place = self.grid.place(inside)
-        first = data_rank(replica, self.config.group_sizes, place.shard)
+        in_rounds = self.config.in_rounds
+        first = place.shard if in_rounds else data_rank(replica, self.config.group_sizes, place.shard)
         share = len(range(first, batch.sequences, batch.data_parallel))
         cuts = [f"{axis} {at + 1} of {size}" for axis, at, size in self.grid.cuts(inside)]
         part = ", ".join(cuts) or "the whole model"
         own = "" if not self.config.keeps_own else "; writes its replica's part of a checkpoint"
         writes = "; writes metrics, checkpoints and the export" if rank == 0 else own
-        return f"replica {replica}, {part}, {share} of {batch.sequences} sequences{writes}"
+        of = "sequences of each client" if in_rounds else "sequences"
+        return f"replica {replica}, {part}, {share} of {batch.sequences} {of}{writes}"
 
 
 def explain(config: Config) -> Plan:
@@ -175,6 +202,7 @@ def explain(config: Config) -> Plan:
     if source is None:
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
     grid, batch = plan_run(config)
+    check_extras(config)
     schedule: Any = config.schedule
     average: Any = config.average
     check_positions(source, config.batch.sequence_tokens)
@@ -207,7 +235,7 @@ def explain(config: Config) -> Plan:
             precision=precision,
             recompute=config.layout.recompute,
             optimizer_bytes=optimizer.state_bytes(shapes),
-            sync_bytes=sync_bytes if config.all_replicas > 1 else 0,
+            sync_bytes=sync_bytes if config.all_replicas > 1 or config.in_rounds else 0,
             logit_rows=logit_rows,
             copy_bytes=4 * average.keeps
             + precision.stored_bytes * ((schedule.measures == "change") + (config.regularisation.momentum > 0)),

@@ -155,6 +155,11 @@ def lr_range(
             f"{config.learning_alone}: replicas that learn alone have losses of their own, by which they would end "
             "the test at different rates. Use sync=all_reduce"
         )
+    if config.in_rounds:
+        raise PlanError(
+            "sync=federated: a step is a round of many clients, who would all go on at a rate that is too high. Use "
+            "sync=all_reduce"
+        )
     points: list[Point] = []
     with tempfile.TemporaryDirectory(prefix="paceline-lr-range-") as folder:
         run = _prepared(config, folder, low=low, high=high, steps=steps)

@@ -88,6 +88,8 @@ def noise_scale(config: Config, *, batches: int = 8, debug: bool = False, say: S
         )
     if not config.is_exact:
         raise PlanError("sync.reducer: a gradient that leaves something out has noise of its own. Measure with mean")
+    if config.in_rounds:
+        raise PlanError("sync=federated: each client has data and gradients of its own. Measure with sync=all_reduce")
     full = config.batch.model_copy(update={"warmup": None})
     checkpoint = config.checkpoint.model_copy(update={"resume": "auto"})
     config = config.model_copy(update={"batch": full, "checkpoint": checkpoint})

@@ -15,6 +15,7 @@ from paceline.comm.device import claim as claim_device
 from paceline.comm.ranks import Coordinates
 from paceline.comm.world import Rendezvous, World, join
 from paceline.config import Config
+from paceline.data.client_loader import ClientLoader
 from paceline.errors import ConfigError
 from paceline.export import hugging_face
 from paceline.launch import torchrun
@@ -23,10 +24,12 @@ from paceline.plan.layout import Grid
 from paceline.plan.run import plan_run
 from paceline.recipes import folder as run_folder
 from paceline.recipes.prepare import prepare_in_child
+from paceline.sync.privacy import epsilon
 from paceline.track import RunInfo, Tracker
 from paceline.track.report import write_report
 from paceline.track.terminal import display
 from paceline.train.assemble import assemble
+from paceline.train.clients import check_extras
 from paceline.train.policy import StopRequest
 from paceline.train.records import open_records
 from paceline.train.trainer import Loop, find
@@ -67,6 +70,7 @@ def run(config: Config, *, debug: bool = False, say: Say = print) -> Result | No
     if config.model is None:
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
     grid, _ = plan_run(config)
+    check_extras(config)
     ranks = grid.ranks
     find(Path(config.train.output) / "checkpoints", config.checkpoint.resume)  # what cannot be resumed fails at once
     if torchrun.started_by_torchrun():
@@ -245,6 +249,22 @@ def _leave_results(loop: Loop) -> None:
                 f"training; load PreTrainedTokenizerFast.from_pretrained({str(output / 'export')!r}) instead"
             )
             loop.trackers.event("warning", text, step=loop.step)
+    if words := privacy_words(loop):
+        loop.trackers.event("privacy", words, step=loop.step)
     if loop.is_done:
         loop.trackers.event("done", f"{loop.step} steps", step=loop.step)
     write_report(output)
+
+
+def privacy_words(loop: Loop) -> str | None:
+    """What a federated run has cost its clients so far, where it promises privacy."""
+    sync: Any = loop.parts.config.syncs[-1]
+    loader = loop.parts.loader
+    if not isinstance(loader, ClientLoader) or sync.privacy is None:
+        return None
+    cohort, clients, delta = sync.clients_per_round, loader.clients, sync.privacy.delta
+    spent = epsilon(sync.privacy, rounds=loop.step, cohort=cohort, clients=clients)
+    return (
+        f"epsilon {spent:.3g} at delta {delta:g} after {loop.step} rounds of {cohort} of {clients} clients, one client "
+        "replaced by another; of the weights, not of the losses that are shown"
+    )

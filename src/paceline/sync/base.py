@@ -7,7 +7,7 @@ counterparts in the other replicas, never the layout that cut them: so every str
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -34,6 +34,10 @@ class SyncContext:
     seed: int = 0
     full: FullTensors | None = None
     """How the ranks of the replica hold its parameters; None for a replica of one rank."""
+    rank: int = 0
+    """Of this rank in its replica."""
+    clients: int = 0
+    """Of a federated run, all of them."""
 
     def full_tensors(self, shards: Sequence[Shard]) -> FullTensors:
         """Of some parameters, for what needs more of a tensor than a rank holds."""
@@ -107,6 +111,16 @@ class Sync(Protocol):
 
         By name: ``PARAMETER/what`` for what is like a parameter.
         """
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A sync that keeps states of the optimizer besides that of its replica."""
+
+    @property
+    def remembered(self) -> dict[int, dict[str, torch.Tensor]]:
+        """By a number, and as ``PARAMETER/what``; a checkpoint keeps them, and makes places for those that it has."""
         ...
 
 

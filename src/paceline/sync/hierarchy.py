@@ -21,7 +21,14 @@ from paceline.sync.base import Sync, SyncConfig, SyncContext, SyncState
 
 
 def build_sync(
-    levels: Sequence[SyncConfig], links: Sequence[Link], *, steps: int, seed: int, full: FullTensors | None = None
+    levels: Sequence[SyncConfig],
+    links: Sequence[Link],
+    *,
+    steps: int,
+    seed: int,
+    full: FullTensors | None = None,
+    rank: int = 0,
+    clients: int = 0,
 ) -> Sync:
     """The strategies of all levels at work, innermost first, each over its own link.
 
@@ -33,7 +40,7 @@ def build_sync(
                 f"sync: {type(level).__name__} below another level is not built, for its replicas differ between "
                 "exchanges. Use it as the last of the list, or all_reduce in its place"
             )
-    contexts = [SyncContext(link=link, steps=steps, seed=seed, full=full) for link in links]
+    contexts = [SyncContext(link=link, steps=steps, seed=seed, full=full, rank=rank, clients=clients) for link in links]
     sync, *above = [level.build(context) for level, context in zip(levels, contexts, strict=True)]
     for outer in above:
         sync = Hierarchy(sync, outer)

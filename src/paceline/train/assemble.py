@@ -15,11 +15,13 @@ from paceline.comm.device import cores, matmul_flops_per_s
 from paceline.comm.ranks import Coordinates, Group
 from paceline.comm.world import World
 from paceline.config import Config, strategy_name
+from paceline.data.client_loader import ClientLoader
+from paceline.data.clients import Clients, owners
 from paceline.data.loader import Loader, held_out_rows
 from paceline.data.order import FileOrder, Order, SampleOrder
 from paceline.data.pack import PackedRows, PairedRows
 from paceline.data.prepare import Prepared, prepare
-from paceline.data.rows import Rows
+from paceline.data.rows import Ints, Rows
 from paceline.errors import PlanError
 from paceline.evaluate.held_out import HeldOut, Sample, tokens_per_byte
 from paceline.evaluate.sample import continue_text
@@ -42,6 +44,7 @@ from paceline.sync.hierarchy import build_sync
 from paceline.train.adjustments import adjustments
 from paceline.train.average import Average, check_statistics
 from paceline.train.build import Built, Goal, build
+from paceline.train.clients import check_extras, client_loader, identity, owned_rows
 from paceline.train.micro import Trial, choose_micro
 from paceline.train.perturb import Perturb
 from paceline.train.rate import Rate
@@ -71,7 +74,7 @@ class Parts:
     precision: Precision
     objective: Objective
     batches: Batches
-    loader: Loader
+    loader: Loader | ClientLoader
     optimizer_config: OptimizerConfig
     rate: Rate
     average: Average
@@ -85,6 +88,8 @@ class Parts:
     """Of the training part: in no row."""
     file_streams: int | None
     """How many streams the files are dealt to, where files are dealt; part of the data order."""
+    clients: str | None
+    """Who owns what and how rounds are made, in a federated run; part of the data order."""
     peak_flops_per_s: float
     """Measured matrix-multiplication peak of all ranks together."""
 
@@ -148,6 +153,8 @@ class Material:
     order: Order
     held_out: Sequence[Rows]
     dropped_tokens: int = 0
+    clients: Clients | None = None
+    """Of a federated run: whose the rows are."""
 
 
 def assemble(
@@ -163,6 +170,7 @@ def assemble(
 
     ``saves=False``: nothing is written to the run's folder.
     """
+    check_extras(config)
     precision = resolve_precision(config, world.device.units)
     material = _material(config, module=module, objective=objective, say=say)
     peak = matmul_flops_per_s(world.device, getattr(torch, precision.compute))
@@ -183,7 +191,7 @@ def put_together(
     device = world.device
     variant, writes = which_variant(config, world.coordinates)
     _, batch = plan_run(config)
-    assert batch.data_parallel == world.data_ranks
+    assert batch.data_parallel == (world.mesh.shard.size if config.in_rounds else world.data_ranks)
     model, source, options, context = material.model, material.source, material.options, material.context
     sizes = model_sizes(model, context.special.vocabulary)
     shapes = {info.name: info.shape for info in describe(model) if info.trainable}
@@ -243,13 +251,7 @@ def put_together(
         precision=precision,
         objective=material.objective,
         batches=batches,
-        loader=Loader(
-            material.train,
-            material.order,
-            batches,
-            rank=world.data_rank,
-            partner_seed=config.seed if options.mixes_rows else None,
-        ),
+        loader=_loader(config, world, material, batches),
         optimizer_config=config.optimizer,  # type: ignore[arg-type]
         rate=Rate(config, batches, replica=built.replica, names=built.learned),
         average=Average(average, built.replica),
@@ -257,17 +259,34 @@ def put_together(
         sync=build_sync(
             config.syncs,  # type: ignore[arg-type]
             world.links,
-            steps=config.train.steps,
-            seed=config.seed,
             full=built.replica.full,
+            **_of_run(config, world, material),
         ),
         variant=variant,
         evaluator=_evaluator(config, world, material, built, batches.full),
         checkpointer=_checkpointer(config, world, variant) if writes and saves else None,
         dropped_tokens=material.dropped_tokens,
         file_streams=material.order.streams if isinstance(material.order, FileOrder) else None,
+        clients=identity(config, material.clients),
         peak_flops_per_s=peak_flops_per_s,
     )
+
+
+def _loader(config: Config, world: World, material: Material, batches: Batches) -> Loader | ClientLoader:
+    if material.clients is not None:
+        return client_loader(config, world, material.train, material.clients, batches.full)
+    return Loader(
+        material.train,
+        material.order,
+        batches,
+        rank=world.data_rank,
+        partner_seed=config.seed if material.options.mixes_rows else None,
+    )
+
+
+def _of_run(config: Config, world: World, material: Material) -> dict[str, int]:
+    clients = 0 if material.clients is None else len(material.clients)
+    return {"steps": config.train.steps, "seed": config.seed, "rank": world.coordinates.rank, "clients": clients}
 
 
 def _to_come_bytes(config: Config, world: World, built: Built, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -275,11 +294,11 @@ def _to_come_bytes(config: Config, world: World, built: Built, shapes: Mapping[s
     memory, with the weights."""
     optimizer: Any = config.optimizer
     average: Any = config.average
-    sync: Any = config.sync
+    sync: Any = config.syncs[-1]
     own = {shard.name: tuple(shard.local.shape) for shard in built.replica.shards}
     numel = sum(shard.local.numel() for shard in built.replica.shards)
     kept: int = optimizer.state_bytes(shapes) // world.mesh.world.size + 4 * numel * average.keeps
-    buckets: int = sync.state_bytes(own) if world.link.size > 1 else 0
+    buckets: int = sync.state_bytes(own) if world.link.size > 1 or config.in_rounds else 0
     copied = kept + 4 * numel if world.device.torch_device.type == "cpu" and world.coordinates.replica == 0 else 0
     return kept + buckets + copied
 
@@ -293,7 +312,10 @@ def _material(config: Config, *, module: nn.Module | None, objective: Objective 
         check_positions(source, config.batch.sequence_tokens)
     context = objective_context(config, prepared, source)
     options = objective_options(config)
-    train = _rows(config, prepared, options.row_tokens(context), options.overlap)
+    whose, count = None, 0
+    if config.data.clients is not None:
+        whose, count = owners(prepared.train, config.data.clients, config.seed)
+    train = _rows(config, prepared, options.row_tokens(context), options.overlap, whose)
     model = source.build(config.seed, dtype=_dtype_to_cut(config)) if source else module
     if model is None:
         raise PlanError("there is no model: set model.config, model.preset or model.path, or pass a module")
@@ -308,6 +330,7 @@ def _material(config: Config, *, module: nn.Module | None, objective: Objective 
         order=_order(config, train),
         held_out=_held_out(prepared, options.row_tokens(context), options.overlap),
         dropped_tokens=sum(part.dropped_tokens for part in train),
+        clients=None if whose is None else owned_rows(train, whose, count, config.seed),
     )
 
 
@@ -353,7 +376,9 @@ def objective_context(config: Config, prepared: Prepared, source: ModelSource | 
     )
 
 
-def _rows(config: Config, prepared: Prepared, row_tokens: int, overlap: int) -> list[PackedRows] | list[PairedRows]:
+def _rows(
+    config: Config, prepared: Prepared, row_tokens: int, overlap: int, whose: Sequence[Ints] | None = None
+) -> list[PackedRows] | list[PairedRows]:
     if prepared.train[0].target is not None:
         return [PairedRows(part, row_tokens) for part in prepared.train]
     return [
@@ -363,6 +388,7 @@ def _rows(config: Config, prepared: Prepared, row_tokens: int, overlap: int) -> 
             overlap,
             shuffle_key=(config.seed, "sentences", i) if config.data.split == "sentence" else None,
             by_file=config.data.split == "file",
+            clients=None if whose is None else whose[i],
         )
         for i, part in enumerate(prepared.train)
     ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paceline.data.loader import Loader
 from paceline.errors import NonFiniteError
 from paceline.train.again import Again
 from paceline.train.trainer import Loop
@@ -103,6 +104,7 @@ def measure(loop: Loop, batches: int) -> Norms:
 def _gradients(loop: Loop, index: int) -> dict[str, Tensor]:
     """This rank's part of the gradient of the mean loss of batch ``index`` from here, by parameter."""
     parts, step = loop.parts, loop.step + 1 + index
+    assert isinstance(parts.loader, Loader)
     rows = parts.loader.batch(step, loop.sequences_seen + index * parts.batches.full.sequences)
     batches = [parts.built.split(parts.objective.batch(micro, seed=parts.config.seed, step=step)) for micro in rows]
     replica = parts.built.replica

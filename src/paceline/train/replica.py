@@ -243,6 +243,39 @@ class ModuleReplica:
         """Whether this rank counts what it holds of a parameter: of ranks with equal values exactly one does."""
         return self._update.counts(name)
 
+    def forget(self) -> None:
+        """Let the optimizer begin anew, as in the first step."""
+        self.optimizer.state.clear()
+
+    def moments(self) -> dict[str, Tensor]:
+        """Copies of the optimizer's state on this rank, as ``PARAMETER/what``."""
+        return {
+            f"{name}/{key}": value.clone()
+            for name, parameter in self.local.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def recall(self, moments: Mapping[str, Tensor]) -> None:
+        """Let the optimizer go on from such copies, and from nothing where there are none."""
+        self.forget()
+        for slot, value in moments.items():
+            name, _, key = slot.rpartition("/")
+            self.optimizer.state.setdefault(self.local[name], {})[key] = value.clone()
+
+    def square_sums(self, tensors: Iterable[Mapping[str, Tensor]]) -> Tensor:
+        """Sums of squares over the replica (sets,), of tensors like the shards, by name."""
+        return self.sum_of(
+            torch.stack(
+                [
+                    sum(
+                        (t.double().square().sum().to(self._device) for name, t in one.items() if self.owns(name)),
+                        start=torch.zeros((), dtype=torch.float64, device=self._device),
+                    )
+                    for one in tensors
+                ]
+            )
+        )
+
     def sum_of(self, values: Tensor) -> Tensor:
         """Sum over all ranks of the replica: fp64, on the CPU."""
         return self.mesh.world.all_reduce(values.double().to(self._device), where="sums").cpu()

@@ -10,10 +10,12 @@ from paceline.checkpoint import Checkpoint, Kind, Rule, TensorState, per_replica
 from paceline.comm.boxes import Part
 from paceline.comm.replica import local_part
 from paceline.optim.base import StateKind
-from paceline.sync.base import Sync, SyncState
+from paceline.sync.base import Remembering, Sync, SyncState
 from paceline.train.replica import ModuleReplica
 
 LOSS_SCALE = "loss_scale"
+CLIENT = "client_"
+"""Before the number in the names of what is kept of a client's optimizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,10 @@ def tensors(
         for key, value in replica.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 own[f"optimizer/{name}/{key}"] = _of_optimizer(value, name, key, replica)
+    for number, kept_moments in (sync.remembered if isinstance(sync, Remembering) else {}).items():
+        for slot, value in kept_moments.items():
+            name, _, key = slot.rpartition("/")
+            own[f"{CLIENT}{number}/{slot}"] = _of_optimizer(value, name, key, replica)
     for name, mean in average.items():
         own[f"average/{name}"] = placed(mean, name, replica)
     for name, kept_local in replica.adjusted().items():
@@ -138,14 +144,20 @@ def restore(
     holds.
     """
     replica.optimizer.state.clear()
+    remembered: dict[int, dict[str, Tensor]] = {}
+    if isinstance(sync, Remembering):
+        remembered = sync.remembered
+        remembered.clear()
     elsewhere = {
         slot
         for slot in checkpoint.names
         if _parameter_of(slot) in replica.elsewhere or (not average and slot.startswith("average/"))
     }
     for slot in checkpoint.names:
-        name, _, key = slot.removeprefix("optimizer/").rpartition("/")
-        if not slot.startswith("optimizer/") or name not in replica.local or key == "iterate":
+        section, _, rest = slot.partition("/")
+        name, _, key = rest.rpartition("/")
+        is_clients = section.startswith(CLIENT)
+        if not (section == "optimizer" or is_clients) or name not in replica.local or key == "iterate":
             continue
         parameter, entry = replica.local[name], checkpoint.entry(slot)
         is_own = entry.kind is Kind.PER_REPLICA
@@ -165,7 +177,10 @@ def restore(
         # Scalars of ours are fp64 and read here; those of torch's fused kernels are fp32 and lie where these want them.
         device = "cpu" if not shape and dtype is torch.float64 else parameter.device
         empty = torch.zeros(shape, dtype=dtype, device=device)
-        replica.optimizer.state.setdefault(parameter, {})[key] = empty
+        if is_clients:
+            remembered.setdefault(int(section.removeprefix(CLIENT)), {})[rest] = empty
+        else:
+            replica.optimizer.state.setdefault(parameter, {})[key] = empty
     elsewhere |= {f"sync/{key}" for key, kept in sync.state().items() if kept.owner == "elsewhere"}
     here = tensors(model, replica, sync, variant, average=average)
     if LOSS_SCALE not in checkpoint.names:

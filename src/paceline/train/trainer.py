@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -16,8 +16,12 @@ import torch
 from paceline.checkpoint import Checkpoint, Saved, SavedWeights, check_space, load, newest, steps
 from paceline.comm.ranks import Coordinates
 from paceline.config import strategy_name
+from paceline.data.client_loader import ClientLoader
+from paceline.data.loader import Loader
+from paceline.data.rows import Row
 from paceline.errors import CheckpointError, NonFiniteError, TrainError
 from paceline.evaluate.held_out import Evaluation
+from paceline.objectives.base import Batch
 from paceline.optim.base import Averaging
 from paceline.sync.base import differing
 from paceline.track import Trackers
@@ -30,8 +34,9 @@ from paceline.train.hooks import Hook, StepEvent
 from paceline.train.memory import used_bytes
 from paceline.train.policy import StopRequest, after
 from paceline.train.replica import holding
+from paceline.train.round import train_round
 from paceline.train.spikes import Spikes
-from paceline.train.step import train_step
+from paceline.train.step import StepResult, train_step
 
 
 class Loop:
@@ -220,23 +225,13 @@ class Loop:
     def _one_step(self) -> tuple[StepEvent, bool]:
         parts, built, step = self.parts, self.parts.built, self.step + 1
         start = time.perf_counter()
-        plan, rate = parts.batches.at(step), parts.rate
-        rows = parts.loader.batch(step, self.sequences_seen)
-        batches = [built.split(parts.objective.batch(micro, seed=parts.config.seed, step=step)) for micro in rows]
+        rate = parts.rate
         factor = rate.factor(step, self.sequences_seen)
         built.replica.set_rate_factor(factor)
         loss_scale = built.replica.loss_scale
         scaled_by = loss_scale.value if loss_scale.is_dynamic else None
-        try:
-            with rate.measuring():
-                result = train_step(
-                    built.replica, parts.sync, built.schedule, batches, step=step, stop=self.stop_request.asked
-                )
-        except NonFiniteError as error:
-            where = f"replica {self.coordinates.replica}, rank {self.coordinates.rank}"
-            device_batches = [batch.to(parts.world.device.torch_device) for batch in batches]
-            drawing = partial(built.drawing, step)
-            raise locate(error, built.model, built.replica, parts.objective, device_batches, where, drawing) from None
+        result, sequences = self._learn(step, parts.loader)
+        tokens = sequences * parts.batches.full.sequence_tokens
         ends_cycle = rate.ends_cycle(step, self.sequences_seen)
         parts.average.stepped(step, ends_cycle=ends_cycle)
         if parts.perturb.stepped(step, built.replica, ends_cycle=ends_cycle):
@@ -245,15 +240,15 @@ class Loop:
                 self.trackers.event("perturb", f"weights shrunk and perturbed after step {step}", step=step)
         step_s = time.perf_counter() - start
         self.step = step
-        self.sequences_seen += plan.sequences
-        self.tokens_seen += plan.tokens
-        tokens_per_s = plan.tokens / step_s
+        self.sequences_seen += sequences
+        self.tokens_seen += tokens
+        tokens_per_s = tokens / step_s
         event = StepEvent(
             step=step,
             loss=result.loss,
             lr=parts.optimizer_config.lr * factor,
             gradient_norm=result.gradient_norm,
-            tokens=plan.tokens,
+            tokens=tokens,
             tokens_seen=self.tokens_seen,
             sequences_seen=self.sequences_seen,
             tokens_per_s=tokens_per_s,
@@ -267,6 +262,29 @@ class Loop:
             loss_scale=scaled_by,
         )
         return event, result.stop
+
+    def _learn(self, step: int, loader: Loader | ClientLoader) -> tuple[StepResult, int]:
+        """Run a step, or a round; what came of it, and how many sequences were learned from."""
+        parts, built, stop = self.parts, self.parts.built, self.stop_request.asked
+        replica, schedule = built.replica, built.schedule
+
+        def batch_of(rows: Sequence[Row], number: int) -> Batch:
+            return built.split(parts.objective.batch(rows, seed=parts.config.seed, step=number))
+
+        if isinstance(loader, ClientLoader):
+            sync: Any = parts.sync
+            result = train_round(replica, sync, schedule, loader, batch_of, step=step, stop=stop)
+            return result, loader.rounds.at(step).rows
+        batches = [batch_of(micro, step) for micro in loader.batch(step, self.sequences_seen)]
+        try:
+            with parts.rate.measuring():
+                result = train_step(replica, parts.sync, schedule, batches, step=step, stop=stop)
+        except NonFiniteError as error:
+            where = f"replica {self.coordinates.replica}, rank {self.coordinates.rank}"
+            device_batches = [batch.to(parts.world.device.torch_device) for batch in batches]
+            drawing = partial(built.drawing, step)
+            raise locate(error, built.model, replica, parts.objective, device_batches, where, drawing) from None
+        return result, parts.batches.at(step).sequences
 
     def _values(self) -> dict[str, Any]:
         """The scalars of a checkpoint. Random numbers have no state of their own: they follow from seed and step."""
@@ -410,6 +428,7 @@ class Loop:
             "weights of data.source": [source.weight for source in config.data.sources],
             "batch.sequence_tokens": config.batch.sequence_tokens,
             "file_streams": self.parts.file_streams,
+            "clients and rounds": self.parts.clients,
             "objective": strategy_name(config.objective),
             "optimizer": strategy_name(config.optimizer),
             "dtype of what learns": self.parts.precision.stored,

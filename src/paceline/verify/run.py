@@ -186,6 +186,11 @@ class Trial:
         optimizer: Options | None = None,
         replicas: int = 1,
     ) -> None:
+        if config.in_rounds:
+            raise PlanError(
+                "verify compares the steps of all ranks one by one, and each replica of sync=federated takes those of "
+                "clients of its own. Verify the layout with sync=all_reduce"
+            )
         self.subject = Subject.of(config, full=full)
         self._config, self._pool, self._dtype, self._full = _in_precision(config, dtype), pool, dtype, full
         self._temporary = tempfile.TemporaryDirectory(prefix="paceline-verify-")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from paceline.config import Config
+from paceline.data.clients import Clients
 from paceline.data.counts import Statistics
 from paceline.data.order import SampleOrder
 from paceline.data.prepare import Prepared
@@ -36,6 +37,8 @@ class Subject:
     seed: int
     shuffled: int = 0
     """So many rows from the first on have their tokens in disorder: a batch that is wrong on purpose."""
+    owned: int | None = None
+    """By so many clients, of a federated run."""
 
     @classmethod
     def of(cls, config: Config, *, full: bool) -> "Subject":
@@ -66,6 +69,7 @@ class Subject:
                 decoder_start=0 if source.head == "seq2seq" and start is None else start,
             ),
             seed=config.seed,
+            owned=None if config.data.clients is None else config.data.clients.count or 5,
         )
 
     def model(self, dtype: torch.dtype) -> nn.Module:
@@ -103,7 +107,11 @@ class Subject:
             train=train,
             order=SampleOrder(SOURCES, (2.0, 1.0), self.seed),
             held_out=[TrialRows(self, len(SOURCES), HELD_OUT)],
+            clients=None if self.owned is None else self._clients(self.owned),
         )
+
+    def _clients(self, count: int) -> Clients:
+        return Clients([np.arange(rows) % count for rows in SOURCES], count, self.seed)
 
     def sample(self) -> Batch:
         """A small micro-batch."""

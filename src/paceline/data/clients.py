@@ -1,0 +1,123 @@
+"""Which documents are whose in a federated run, and the rows of each client.
+
+    natural      all documents of one label (a file, a source, what a column says) are of one client; with fewer clients
+                 than labels, labels are dealt out, the largest first to the client with the fewest documents so far
+    dirichlet    for each label, shares of the clients are drawn from Dir(alpha, ..., alpha), and its documents, in a
+                 permuted order, are cut by them (Hsu et al. 2019, arXiv 1909.06335)
+
+Every document is of exactly one client. Who owns what follows from the seed and the data alone.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from paceline.config import ClientsConfig
+from paceline.data.order import shuffled
+from paceline.data.permute import Permutation
+from paceline.data.rows import Ints
+from paceline.data.tokens import TokenSet
+from paceline.errors import DataError
+
+_DRAWS = 1000
+"""After so many, shares that give every client its least number of documents are not to be hoped for."""
+
+
+def owners(token_sets: Sequence[TokenSet], config: ClientsConfig, seed: int) -> tuple[list[Ints], int]:
+    """The client (D,) of each document of each source, and how many clients there are.
+
+    Raises ``DataError`` for more clients than the data has labels or documents for.
+    """
+    labels = _labels(token_sets, config.label)
+    assigned = _natural(labels, config) if config.by == "natural" else _dirichlet(labels, config, seed)
+    bounds = np.cumsum([len(token_set) for token_set in token_sets])[:-1]
+    return np.split(assigned, bounds), config.count or int(labels.max()) + 1
+
+
+def _labels(token_sets: Sequence[TokenSet], label: str) -> Ints:
+    """The label (D,) of all documents, from 0 without gaps."""
+    source = np.concatenate([np.full(len(own), index) for index, own in enumerate(token_sets)])
+    if label == "source":
+        told = source[None]
+    elif label == "file":
+        told = np.stack([source, np.concatenate([np.asarray(own.files, np.int64) for own in token_sets])])
+    else:
+        told = np.concatenate([own.labels for own in token_sets if own.labels is not None])[None]
+    return np.unique(told, axis=1, return_inverse=True)[1].reshape(-1)
+
+
+def _natural(labels: Ints, config: ClientsConfig) -> Ints:
+    sizes = np.bincount(labels)
+    count = config.count or len(sizes)
+    if count > len(sizes):
+        raise DataError(
+            f"data.clients.count={count} is more than the {len(sizes)} labels of the data (label: {config.label}). Use "
+            f"{len(sizes)} or fewer, or by=dirichlet, which divides labels"
+        )
+    client_of = np.arange(len(sizes))
+    if count < len(sizes):
+        held = np.zeros(count, np.int64)
+        for label in np.argsort(-sizes, kind="stable"):
+            client_of[label] = np.argmin(held)
+            held[client_of[label]] += sizes[label]
+    return client_of[labels]
+
+
+def _dirichlet(labels: Ints, config: ClientsConfig, seed: int) -> Ints:
+    count = config.count
+    assert count is not None
+    if count * config.least > len(labels):
+        raise DataError(
+            f"data.clients: {count} clients of {config.least} documents or more need {count * config.least} documents, "
+            f"and the data has {len(labels)}. Use fewer clients, or data.document=paragraph for smaller documents"
+        )
+    for draw in range(_DRAWS):
+        rng = np.random.default_rng([seed, draw])
+        assigned = np.empty_like(labels)
+        for label in range(int(labels.max()) + 1):
+            own = np.flatnonzero(labels == label)
+            own = own[Permutation(len(own), (seed, "clients", draw, label))(np.arange(len(own)))]
+            ends = np.cumsum(rng.dirichlet(np.full(count, config.alpha)))
+            assigned[own] = np.searchsorted(ends, (np.arange(len(own)) + 0.5) / len(own)).clip(0, count - 1)
+        if np.bincount(assigned, minlength=count).min() >= config.least:
+            return assigned
+    raise DataError(
+        f"data.clients: in {_DRAWS} draws with alpha={config.alpha:g} some of {count} clients had fewer than "
+        f"{config.least} of {len(labels)} documents. Use a larger alpha, fewer clients or a smaller least"
+    )
+
+
+class Clients:
+    """The rows of every client that has any, each client's permuted anew in each of its epochs.
+
+    ``owners``: the client (rows,) of each row of each source.
+    """
+
+    def __init__(self, owners: Sequence[Ints], count: int, seed: int) -> None:
+        owner = np.concatenate(owners)
+        order = np.argsort(owner, kind="stable")
+        self._sources = np.concatenate([np.full(len(own), i) for i, own in enumerate(owners)])[order]
+        self._rows = np.concatenate([np.arange(len(own)) for own in owners])[order]
+        sizes = np.bincount(owner, minlength=count)
+        begins = np.cumsum(sizes) - sizes
+        self.lengths: Ints = sizes[sizes > 0]
+        """(clients,) rows of each."""
+        self._begins = begins[sizes > 0]
+        self._seed = seed
+        self.left_out = int((sizes == 0).sum())
+        """Clients whose documents do not fill a single row."""
+        self.fingerprint = hashlib.blake2b(owner.astype("<i8").tobytes(), digest_size=8).hexdigest()
+        """Of who owns what."""
+
+    def __len__(self) -> int:
+        """How many clients there are."""
+        return len(self.lengths)
+
+    def draw(self, client: int, first: int, count: int) -> tuple[Ints, Ints]:
+        """Source (count,) and row within it (count,) of a client's samples ``first`` to ``first + count - 1``."""
+        places = shuffled(
+            np.arange(first, first + count), int(self.lengths[client]), (self._seed, "train", "client", client)
+        )
+        places += self._begins[client]
+        return self._sources[places], self._rows[places]

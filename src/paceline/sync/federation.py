@@ -1,0 +1,203 @@
+"""The federated strategy at work: rounds, the clients that have their turn, and what comes of them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from paceline.comm.replica import Finish, Replica, VisitedReplica
+from paceline.data.rounds import Round, Visit
+from paceline.sync.aggregates.base import Collected
+from paceline.sync.aggregation import Aggregation, FairMean, WeightedMean
+from paceline.sync.base import SyncContext, SyncState, check_equal_start
+from paceline.sync.control import ControlVariates
+from paceline.sync.moments import ClientMoments
+from paceline.sync.periodic import wide
+from paceline.sync.privacy import Privacy
+from paceline.sync.secure.mean import SecureMean
+
+if TYPE_CHECKING:
+    from paceline.sync.federated import Federated
+
+TOLD = 3
+"""Numbers summed over the replicas besides those of the aggregation: losses, targets, requests to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closed:
+    """How a round ended."""
+
+    loss: float
+    """Mean over the targets of all local steps, each before its update."""
+    targets: int
+    update_norm: float
+    """L2 norm of the clients' joint update, over the replica; NaN if a value is not finite."""
+    stop: bool
+
+
+class FederatedSync:
+    """The strategy on one rank.
+
+    In a round: ``open``; for each client ``enter``, the methods of ``Sync`` in every local step, ``leave``; ``close``.
+    """
+
+    def __init__(self, context: SyncContext, options: "Federated") -> None:
+        self._link, self._options = context.link, options
+        self._aggregation = _aggregation(context, options)
+        self._server = options.server.build()
+        self._control = ControlVariates(context.link, context.clients) if options.scaffold else None
+        self._privacy: Privacy | None = None
+        if options.privacy is not None:
+            self._privacy = Privacy(options.privacy, options.clients_per_round, context.seed)
+        self._moments = ClientMoments(context.link) if options.moments == "keep" else None
+        self._older = options.buffer.max_staleness if options.buffer else 0
+        self._versions: list[dict[str, Tensor]] = []
+        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._visit: Visit
+        self._begin: Mapping[str, Tensor] = {}
+
+    def start(self, replica: Replica) -> None:
+        """Check that replicas start equal, and make what is remembered."""
+        check_equal_start(self._link, replica)
+        visited: Any = replica
+        self._device = replica.shards[0].local.device
+        now = {shard.name: wide(shard.local) for shard in replica.shards}
+        self._server.start(now)
+        self._aggregation.start(visited)
+        if self._control is not None:
+            self._control.start(visited)
+        if self._moments is not None:
+            self._moments.start(visited)
+        self._versions = [{name: tensor.clone() for name, tensor in now.items()} for _ in range(self._older)]
+
+    def open(self, step: int, whole: Round, replica: VisitedReplica) -> None:
+        """A round begins with the weights as they are."""
+        self._aggregation.open(whole, step)
+        self._now = {shard.name: shard.local.clone() for shard in replica.shards}
+        self._sums.zero_()
+
+    def enter(self, visit: Visit, replica: VisitedReplica) -> None:
+        """A client begins, from the weights of the round in which it was asked, without moments or with its own."""
+        self._visit, self._learned, self._loss = visit, 0, math.nan
+        self._begin = self._now if visit.staleness == 0 else self._versions[visit.staleness - 1]
+        self._set(self._begin, replica)
+        if self._moments is None:
+            replica.forget()
+        else:
+            self._moments.enter(visit, replica)
+
+    def begin(self, step: int, replica: Replica, count: int) -> int:
+        """The client's own targets."""
+        self._count = count
+        return count
+
+    def total(self, values: Tensor, stop: bool) -> tuple[Tensor, bool]:
+        """The client's own values; those of the round are told when it closes."""
+        self._sums += values.cpu()
+        self._learned += self._count
+        if math.isnan(self._loss) and self._count > 0:
+            self._loss = float(values[0]) / self._count
+        return values, stop
+
+    @torch.no_grad()
+    def reduce(self, replica: Replica) -> None:
+        """Add what holds the client near the others to its gradient."""
+        if not (self._options.proximal or self._control is not None):
+            return
+        for shard in replica.shards:
+            if (gradient := shard.gradient) is None:
+                continue
+            if self._options.proximal:
+                gradient.add_(shard.local - self._begin[shard.name], alpha=self._options.proximal)
+            if self._control is not None:
+                self._control.correct(self._visit, shard, gradient)
+
+    def update(self, replica: Replica) -> Finish:
+        """A local step, for which nobody else is asked."""
+        return replica.finish(vote=lambda wish: wish)
+
+    def leave(self, replica: VisitedReplica) -> None:
+        """The client is done."""
+        visit = self._visit
+        update = {shard.name: wide(shard.local) - wide(self._begin[shard.name]) for shard in replica.shards}
+        if self._control is not None:
+            self._control.leave(visit, update, replica.rate)
+        if self._moments is not None:
+            self._moments.leave(visit, replica)
+        if self._privacy is not None:
+            self._privacy.cut(update, replica)
+        weights = {"targets": float(self._learned), "data": float(visit.data_rows), "uniform": 1.0}
+        self._aggregation.take(
+            visit,
+            update,
+            weight=weights[self._options.weights],
+            scale=1.0 / math.sqrt(1.0 + visit.staleness),
+            loss=self._loss,
+        )
+
+    @torch.no_grad()
+    def close(self, step: int, whole: Round, replica: VisitedReplica, stop: bool) -> Closed:
+        """Join the updates of all replicas' clients and go on from there, if the joint update is finite."""
+        within = [] if self._privacy is None else [self._privacy.told()]
+        own = [*self._sums.tolist(), float(stop), *within, *self._aggregation.told()]
+        told = torch.tensor(own, dtype=torch.float64, device=self._device)
+        self._link.all_reduce(told).wait()
+        losses, targets, stops, *numbers = told.tolist()
+        update = self._aggregation.result(numbers[len(within) :], whole.visits, step)
+        if self._privacy is not None:
+            self._privacy.blur(update, numbers[0], replica.shards, step)
+        norm = math.sqrt(float(replica.square_sums([update])))
+        if math.isfinite(norm):
+            if self._control is not None:
+                self._control.close(whole.visits)
+            if self._moments is not None:
+                self._moments.close(whole.visits)
+            after = {name: self._server.step(name, wide(now), update[name]) for name, now in self._now.items()}
+            for newer, older in zip([self._now, *self._versions][-2::-1], self._versions[::-1], strict=True):
+                for name, tensor in older.items():
+                    tensor.copy_(newer[name])
+            self._set(after, replica)
+        replica.forget()
+        return Closed(loss=losses / max(1.0, targets), targets=int(targets), update_norm=norm, stop=stops > 0)
+
+    def is_agreed(self, step: int) -> bool:
+        """Always: a step is a whole round."""
+        return True
+
+    def agreed(self, replica: Replica) -> Mapping[str, Tensor]:
+        """Their own."""
+        return {shard.name: shard.local for shard in replica.shards}
+
+    @property
+    def remembered(self) -> dict[int, dict[str, Tensor]]:
+        """The moments of the clients that keep theirs."""
+        return {} if self._moments is None else self._moments.kept
+
+    def state(self) -> Mapping[str, SyncState]:
+        """The server's memory, control variates, and the weights from which slow clients began."""
+        older = {
+            f"{name}/version_{age}": SyncState(tensor, like=name)
+            for age, version in enumerate(self._versions, 1)
+            for name, tensor in version.items()
+        }
+        control = self._control.state() if self._control is not None else {}
+        private = self._privacy.state() if self._privacy is not None else {}
+        return {**self._server.state(), **self._aggregation.state(), **older, **control, **private}
+
+    @torch.no_grad()
+    def _set(self, weights: Mapping[str, Tensor], replica: VisitedReplica) -> None:
+        for shard in replica.shards:
+            shard.local.copy_(weights[shard.name])
+        replica.refresh()
+
+
+def _aggregation(context: SyncContext, options: "Federated") -> Aggregation:
+    if options.aggregate.is_robust:
+        return Collected(context.link, options.aggregate.build())
+    if options.secure is not None:
+        return SecureMean(context, options.secure)
+    reducer = options.reducer.build(context)
+    return FairMean(reducer, options.q) if options.q else WeightedMean(reducer)
