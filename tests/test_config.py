@@ -98,6 +98,10 @@ def test_malformed_overrides(text):
         override({}, [text])
 
 
+NEEDED = {"auto": {"link": "1gbit/1ms"}}
+"""Options without which a strategy is none."""
+
+
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_every_strategy_of_every_table(kind):
     """Conformance: whatever a table names can be loaded, frozen, chosen by name, described, and read back."""
@@ -108,8 +112,8 @@ def test_every_strategy_of_every_table(kind):
         options_class = table.load(name)
         assert issubclass(options_class, Options) and options_class.model_config["frozen"]
         assert options_class.__doc__, f"{name} says what it is"
-        assert any(callable(getattr(options_class, does, None)) for does in ("build", "factor", "weight"))
-        options = choose(table, name)
+        assert any(callable(getattr(options_class, does, None)) for does in ("build", "factor", "weight", "candidates"))
+        options = choose(table, {"name": name, **NEEDED.get(name, {})})
         assert strategy_name(options) == name and choose(table, {"name": name, **options.model_dump()}) == options
         assert any(form.get("properties", {}).get("name") == {"const": name} for form in definitions)
         with pytest.raises(ConfigError, match="no_such_option: unknown key"):

@@ -11,6 +11,7 @@ import config_reference
 import optimizer_table
 import reducer_table
 import schedules_reference
+import sync_table
 
 
 def leaves(item: Any) -> list[str]:
@@ -57,3 +58,9 @@ def test_optimizers_are_what_the_classes_say() -> None:
 
 def test_reducers_are_what_the_classes_say() -> None:
     assert reducer_table.PAGE.read_text() == reducer_table.render(), "run `make docs`"
+
+
+def test_syncs_are_what_was_measured() -> None:
+    known, guide = sync_table.read(), sync_table.GUIDE.read_text()
+    assert sync_table.PAGE.read_text() == sync_table.render(known), "run `tools/sync_table.py --page`"
+    assert guide == sync_table.guide(known, guide), "run `tools/sync_table.py --page`"

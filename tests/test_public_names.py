@@ -29,6 +29,7 @@ PUBLIC = {
         "OPTIMIZERS",
         "SCHEDULES",
         "SYNCS",
+        "SYNC_CHOICES",
         "REDUCERS",
         "SERVERS",
         "AGGREGATES",

@@ -458,7 +458,7 @@ STRATEGIES: dict[str, tuple[registry.Table, Any]] = {
     "objective": (registry.OBJECTIVES, "next_token"),
     "optimizer": (registry.OPTIMIZERS, "adamw"),
     "schedule": (registry.SCHEDULES, "cosine"),
-    "sync": (registry.SYNCS, "all_reduce"),
+    "sync": (registry.SYNC_CHOICES, "all_reduce"),
     "average": (registry.AVERAGES, "none"),
 }
 

@@ -124,6 +124,9 @@ SYNCS = Table(
     },
 )
 
+SYNC_CHOICES = Table("sync", {name: SYNCS.target(name) for name in SYNCS} | {"auto": "paceline.sync.auto:Auto"})
+"""What a config may say: a strategy, or ``auto``, which becomes one (``train.settle``)."""
+
 REDUCERS = Table(
     "sync.reducer",
     {

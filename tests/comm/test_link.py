@@ -15,7 +15,7 @@ from paceline.plan.wire import all_gather_bytes, all_reduce_bytes, all_to_all_by
 MEMBERS = pytest.mark.parametrize("members", [2, 3, 4])
 
 
-def linked(member, timeout_s=30.0):
+def linked(member, timeout_s=30.0, *, loopback=True):
     return link.connect(
         member.store,
         index=member.index,
@@ -23,7 +23,7 @@ def linked(member, timeout_s=30.0):
         coordinate=0,
         backend="gloo",
         timeout_s=timeout_s,
-        loopback=True,
+        loopback=loopback,
     )
 
 
@@ -238,3 +238,22 @@ def test_replicas_of_a_hierarchy_know_their_groups():
     assert [(index, size) for index, size, _ in outer] == [(0, 2)] * 3 + [(1, 2)] * 3
     assert len({name for *_, name in inner[:3]}) == 1 and len({name for *_, name in inner}) == 2
     assert [name for *_, name in outer[:3]] == [name for *_, name in outer[3:]] and len({n for *_, n in outer}) == 3
+
+
+def over(member, interface):
+    """A sum over an interface that the environment names, or what is wrong with it."""
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        between = linked(member, loopback=False)
+    except LinkError as error:
+        return str(error)
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+    total = torch.ones(1)
+    between.all_reduce(total).wait()
+    return total.item()
+
+
+def test_links_between_machines_use_the_interface_that_the_environment_names(pool):
+    assert pool.run(over, 2, "lo") == [2.0, 2.0]
+    assert all("could not be formed" in told for told in pool.run(over, 2, "none7"))

@@ -9,7 +9,7 @@ import pytest
 
 from commands import paceline, tiny_config, write_texts
 from paceline.config import read
-from paceline.registry import SYNCS
+from paceline.registry import SYNC_CHOICES
 from paceline.serve.generate import generate
 
 
@@ -34,7 +34,7 @@ def test_init_writes_a_config_that_can_be_planned(folder):
 def test_schema_describes_every_key_and_strategy(folder):
     whole = json.loads(paceline(folder, "schema").out)
     assert json.loads(paceline(folder, "schema", "--json").out.splitlines()[-1]) == whole
-    assert whole["properties"]["sync"]["anyOf"][0] == {"enum": list(SYNCS)}
+    assert whole["properties"]["sync"]["anyOf"][0] == {"enum": list(SYNC_CHOICES)}
     assert whole["properties"]["sync"]["anyOf"][-1]["type"] == "array", "levels"
     batch = whole["$defs"]["BatchConfig"]["properties"]
     assert batch["sequences"]["exclusiveMinimum"] == 0 and batch["sequences"]["description"]

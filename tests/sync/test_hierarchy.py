@@ -82,7 +82,7 @@ def test_a_config_of_levels_reads_back():
     written = Config.parse({**tree, "sync": ["all_reduce", {**DILOCO, "outer": {"momentum": 0}}], "replicas": [4, 2]})
     assert written.all_replicas == 8 and written.group_sizes == (4, 2)
     assert Config.parse(written.tree()) == written
-    assert written.tree()["sync"][1]["reducer"] == {"name": "mean", "bucket_mib": 32.0}
+    assert written.tree()["sync"][1]["reducer"] == {"name": "mean", "bucket_mib": 2.0}
 
 
 def test_rows_of_a_group_are_those_of_one_replica_and_do_not_depend_on_shards():

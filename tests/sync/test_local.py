@@ -180,5 +180,7 @@ def asked_to_stop(member):
     stops = []
     for step in (1, 2, 3):
         sync.begin(step, replica, 1)
-        stops.append(sync.total(torch.zeros(2, dtype=torch.float64), member.index == 1)[1])
+        _, stop = sync.total(torch.zeros(2, dtype=torch.float64), member.index == 1)
+        sync.reduce(replica)
+        stops.append(sync.update(replica).stop or stop)
     return stops

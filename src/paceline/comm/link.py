@@ -5,6 +5,7 @@ some of them; it is counted, and it can be aborted and formed anew without touch
 knows the transports; a sync sees the protocol.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,6 +23,9 @@ from paceline.plan.wire import all_gather_bytes, all_reduce_bytes, all_to_all_by
 
 _NEVER_SENT = 2**20
 """A tag that no exchange has."""
+_AT_ONCE = 4
+"""Exchanges of a gloo group that are under way at once. A sum of 6.4 MB at 100 Mbit/s and 25 ms waits for eight delays:
+0.72 s for 0.51 s of bytes. Cut in four, the others' bytes fill its pauses: 0.57 s. Eight at once gain nothing more."""
 
 
 class Pending(Protocol):
@@ -340,11 +344,19 @@ def _make_group(store: Store, index: int, size: int, backend: str, timeout: time
         return dist.ProcessGroupNCCL(store, index, size, nccl_options)
     make: Any = dist.ProcessGroupGloo
     options = make._Options()
-    # Without a name gloo resolves the host's own name, which fails on machines whose name is not in any table.
-    options._devices = [make.create_device(hostname="127.0.0.1") if loopback else make.create_default_device()]
+    options._devices = _devices(make, loopback)
     options._timeout = timeout
-    options._threads = 2
+    options._threads = _AT_ONCE
     return make(store, index, size, options)
+
+
+def _devices(make: Any, loopback: bool) -> list[Any]:
+    """The interfaces of this machine that gloo uses: as torch chooses them for the groups that it makes itself."""
+    if loopback:  # without a name gloo resolves the host's own, which fails where that is not in any table
+        return [make.create_device(hostname="127.0.0.1")]
+    if names := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return [make.create_device(interface=name.strip()) for name in names.split(",")]
+    return [make.create_default_device()]
 
 
 def _reason(error: RuntimeError) -> str:

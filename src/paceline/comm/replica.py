@@ -83,6 +83,8 @@ class Finish:
     """Global L2 norm of the gradient before clipping, over every axis of the replica; NaN if a value is not finite."""
     overflowed: bool = False
     """The step was left out, and the next ones will be taken at a lower loss scale: as it should be in fp16."""
+    stop: bool = False
+    """All replicas stop after this step: of a sync whose replicas talk only when the step is done."""
 
 
 class Replica(Protocol):

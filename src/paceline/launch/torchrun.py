@@ -14,6 +14,11 @@ def started_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys()
 
 
+def is_leader(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first rank that torchrun started, or was not started by it."""
+    return not started_by_torchrun(environment) or environment["RANK"] == "0"
+
+
 def coordinates(replicas: int, ranks: int, environment: Mapping[str, str] = os.environ) -> Coordinates:
     """This process's place; ``PlanError`` unless torchrun started exactly the ranks that the config asks for."""
     world = int(environment["WORLD_SIZE"])

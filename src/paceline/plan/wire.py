@@ -27,3 +27,8 @@ def broadcast_bytes(n_bytes: int, size: int, place: int) -> int:
     """
     rounds = range((size - 1).bit_length())
     return n_bytes * sum(1 for i in rounds if place < 2**i and place + 2**i < size)
+
+
+def all_reduce_delays(size: int) -> int:
+    """How often a member waits for something to arrive: each piece goes round the ring twice, less one place each."""
+    return 2 * (size - 1)

@@ -26,6 +26,7 @@ from paceline.train.assemble import (
     wanted_vocabulary,
 )
 from paceline.train.clients import check_extras
+from paceline.train.settle import settle
 from paceline.verify.subject import Subject
 
 
@@ -42,6 +43,8 @@ class Plan:
     grid: Grid
     wire_bytes: tuple[float, ...]
     """Payload that each rank sends in a step on average, at each level of the sync."""
+    chosen: tuple[str, ...]
+    """Of each sync that was ``auto``: what it has become, and why."""
     logit_rows: int | None
     """How many rows of logits are there at once; None for all, or for a family with which this could not be tried."""
 
@@ -82,6 +85,7 @@ class Plan:
             ],
             "bytes_per_rank": memory,
             "wire_bytes_per_step": sum(self.wire_bytes),
+            "chosen": list(self.chosen),
             "logit_rows": self.logit_rows,
             "tokens_in_all": self.tokens,
         }
@@ -107,6 +111,7 @@ class Plan:
             *self._line("perturb", perturb_words(c)),
             *self._line("policies", policy_words(c)),
             *self._syncs(),
+            *(f"           {words}" for words in self.chosen),
             "",
             "bytes per rank",
             *(f"  {name:<34} {_bytes(size):>10}" for name, size in self._memory_rows()),
@@ -201,6 +206,8 @@ def explain(config: Config) -> Plan:
     source = resolve_model(config)
     if source is None:
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
+    chosen: list[str] = []
+    config = settle(config, say=chosen.append)
     grid, batch = plan_run(config)
     check_extras(config)
     schedule: Any = config.schedule
@@ -222,6 +229,7 @@ def explain(config: Config) -> Plan:
     tried = plan_batches(config, 1).full if config.batch.micro == "auto" else batch
     return Plan(
         config=config,
+        chosen=tuple(chosen),
         model=sizes,
         vocabulary_is_open=vocabulary_is_open,
         batches=plan_batches(config),

@@ -21,6 +21,7 @@ from paceline.recipes import folder as run_folder
 from paceline.train.assemble import assemble
 from paceline.train.hooks import Hook, StepEvent
 from paceline.train.records import open_records
+from paceline.train.settle import settle
 from paceline.train.trainer import Loop
 
 Module = nn.Module | Callable[[], nn.Module]
@@ -104,6 +105,7 @@ class Trainer:
             self._stack.enter_context(run_folder.claim(config.train.output))
         world = self._stack.enter_context(join(coordinates, claim(coordinates), rendezvous, grid, config.group_sizes))
         module = model() if callable(model) and not isinstance(model, nn.Module) else model
+        config = self.config = settle(config, module, say=say if coordinates.is_leader else lambda _: None)
         parts = assemble(config, world, module=module, objective=objective, say=say)
         loop = self._stack.enter_context(Loop(parts, hooks=hooks))
         if coordinates.is_leader:

@@ -30,6 +30,7 @@ from paceline.track.report import page, table, write_page
 from paceline.track.words import quantity, rate
 from paceline.train.assemble import assemble
 from paceline.train.policy import StopRequest
+from paceline.train.settle import settle
 from paceline.train.trainer import Loop
 from paceline.workers.process import Line as Wire
 
@@ -150,6 +151,7 @@ def lr_range(
             f"optimizer={strategy_name(config.optimizer)} averages weights by their rate, which a range test changes "
             "from step to step. Try rates with optimizer=adamw"
         )
+    config = settle(config)
     if not config.keeps_equal:
         raise PlanError(
             f"{config.learning_alone}: replicas that learn alone have losses of their own, by which they would end "

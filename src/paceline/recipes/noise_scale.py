@@ -22,6 +22,7 @@ from paceline.recipes.train import places
 from paceline.train.assemble import assemble
 from paceline.train.noise import Noise, Norms, estimate, measure
 from paceline.train.policy import StopRequest
+from paceline.train.settle import settle
 from paceline.train.trainer import Loop
 from paceline.workers.process import Line
 
@@ -81,6 +82,7 @@ def noise_scale(config: Config, *, batches: int = 8, debug: bool = False, say: S
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
     if torchrun.started_by_torchrun():
         raise PlanError("noise-scale starts its ranks itself: run it without torchrun, on one machine")
+    config = settle(config)
     if not config.keeps_equal:
         raise PlanError(
             f"{config.learning_alone}: replicas that learn alone are at places of their own, each with another "

@@ -12,6 +12,7 @@ from paceline.errors import ConfigError, PlanError
 from paceline.launch import torchrun
 from paceline.recipes.train import run
 from paceline.track.folder import read_run
+from paceline.train.settle import settle
 
 Say = Callable[[str], None]
 
@@ -100,6 +101,7 @@ def seeds(config: Config, chosen: Sequence[int], *, debug: bool = False, say: Sa
         raise ConfigError(f"--seeds={','.join(map(str, chosen))}: expected two or more different numbers of 0 or more")
     if torchrun.started_by_torchrun():
         raise PlanError("seeds starts its runs itself: run it without torchrun, on one machine")
+    config = settle(config)
     rows = []
     for seed in chosen:
         output = str(Path(config.train.output) / f"seed-{seed}")

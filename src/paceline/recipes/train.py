@@ -32,6 +32,7 @@ from paceline.train.assemble import assemble
 from paceline.train.clients import check_extras
 from paceline.train.policy import StopRequest
 from paceline.train.records import open_records
+from paceline.train.settle import settle
 from paceline.train.trainer import Loop, find
 from paceline.workers.process import Line
 
@@ -69,6 +70,7 @@ def run(config: Config, *, debug: bool = False, say: Say = print) -> Result | No
     """
     if config.model is None:
         raise ConfigError("model is missing; set model.config, model.preset or model.path")
+    config = settle(config, say=say if torchrun.is_leader() else lambda _: None)
     grid, _ = plan_run(config)
     check_extras(config)
     ranks = grid.ranks

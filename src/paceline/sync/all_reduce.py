@@ -15,7 +15,7 @@ from pydantic import model_validator
 from paceline.comm.link import Link, Pending
 from paceline.comm.replica import Finish, Replica, Shard
 from paceline.config import ChosenFrom, Natural, Options, Positive
-from paceline.plan.wire import all_reduce_bytes
+from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.registry import REDUCERS
 from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState, check_equal_start
 from paceline.sync.buckets import bucketed, elements
@@ -76,6 +76,10 @@ class AllReduce(Options):
             all_reduce_bytes(value_bytes * sum(numels[i] + 1 for i in bucket), members) for bucket in buckets
         )
         return steps * (gradients + counts)
+
+    def delays(self, members: int, steps: int) -> int:
+        """In every step the targets, then gradients and losses at once."""
+        return steps * 2 * all_reduce_delays(members)
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The buckets: one copy of the gradients, in what they are summed in; or what the reducer needs."""

@@ -7,7 +7,7 @@ counterparts in the other replicas, never the layout that cut them: so every str
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -65,6 +65,21 @@ class SyncConfig(Protocol):
         """The strategy at work."""
         ...
 
+    # Beside these a strategy that waits for its exchanges says for how long:
+    #
+    #   def delays(self, members: int, steps: int) -> int
+    #
+    # how often in a run a rank waits, one after the other, for something to arrive from another (``plan.wire``). The
+    # time on a link follows from this and the bytes; without it nothing is said of a strategy's time.
+
+
+def delays(options: Any, members: int, steps: int) -> int | None:
+    """What a strategy says of its delays; None if it, or its reducer, says nothing."""
+    if not hasattr(options, "delays") or not hasattr(getattr(options, "reducer", options), "delays"):
+        return None
+    count: int = options.delays(members, steps)
+    return count
+
 
 class Sync(Protocol):
     """A strategy at work on one rank. In a step its methods are called in the order in which they stand here."""
@@ -83,7 +98,8 @@ class Sync(Protocol):
     def total(self, values: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
         """A small fp64 vector summed over the replicas that are reported together, and whether all stop after the step.
 
-        ``stop``: this replica was asked to. All give the same answer, which may have to wait until they next talk.
+        ``stop``: this replica was asked to. All give the same answer, which may have to wait until they next talk; if
+        that is at the end of the step, ``update`` gives it (``Finish.stop``).
         """
         ...
 

@@ -18,7 +18,7 @@ from paceline.config import ChosenFrom, Count, Fraction, Options, Positive
 from paceline.registry import REDUCERS
 from paceline.sync.alone import wide
 from paceline.sync.base import Shapes, SyncContext, SyncState
-from paceline.sync.periodic import PeriodicSync, periodic_state_bytes, periodic_wire_bytes
+from paceline.sync.periodic import PeriodicSync, periodic_delays, periodic_state_bytes, periodic_wire_bytes
 from paceline.sync.reducers.mean import Mean
 
 
@@ -48,6 +48,10 @@ class DiLoCo(Options):
     def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
         """The pseudo-gradients, once every so many steps."""
         return periodic_wire_bytes(self.reducer, self.every, shapes, members, steps)
+
+    def delays(self, members: int, steps: int) -> int:
+        """Those of the exchanges."""
+        return periodic_delays(self.reducer, self.every, members, steps)
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The parameters agreed on, the outer momentum if there is any, and the reducer's."""

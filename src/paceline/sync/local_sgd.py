@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from paceline.config import ChosenFrom, Count, Options
 from paceline.registry import REDUCERS
 from paceline.sync.base import Shapes, SyncContext
-from paceline.sync.periodic import PeriodicSync, periodic_state_bytes, periodic_wire_bytes
+from paceline.sync.periodic import PeriodicSync, periodic_delays, periodic_state_bytes, periodic_wire_bytes
 from paceline.sync.reducers.mean import Mean
 
 
@@ -26,6 +26,10 @@ class LocalSGD(Options):
     def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
         """The parameters, once every so many steps."""
         return periodic_wire_bytes(self.reducer, self.every, shapes, members, steps)
+
+    def delays(self, members: int, steps: int) -> int:
+        """Those of the exchanges."""
+        return periodic_delays(self.reducer, self.every, members, steps)
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The reducer's; and the parameters agreed on, for one that sends differences from them."""

@@ -15,13 +15,14 @@ parameters of 16 bits were rounded to.
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from paceline.comm.replica import Replica
-from paceline.plan.wire import all_reduce_bytes
+from paceline.comm.replica import Finish, Replica
+from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.sync.alone import Alone, exchanges, share_of, wide
 from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState
 from paceline.sync.reducers.base import Reducer, ReducerConfig
@@ -43,9 +44,15 @@ class Outer(Protocol):
 
 
 def periodic_wire_bytes(reducer: ReducerConfig, every: int, shapes: Shapes, members: int, steps: int) -> int:
-    """Payload bytes of one rank: at each exchange the sums, and two numbers, one after the other."""
-    once = reducer.wire_bytes(shapes, members) + 2 * all_reduce_bytes(COUNT_BYTES, members)
+    """Payload bytes of one rank: at each exchange two numbers, then the sums."""
+    once = reducer.wire_bytes(shapes, members) + all_reduce_bytes(2 * COUNT_BYTES, members)
     return exchanges(every, steps) * once
+
+
+def periodic_delays(reducer: Any, every: int, members: int, steps: int) -> int:
+    """At each exchange the two numbers, then the sums."""
+    delays: int = exchanges(every, steps) * (all_reduce_delays(members) + reducer.delays(members))
+    return delays
 
 
 def periodic_state_bytes(reducer: ReducerConfig, shapes: Shapes, *, copies: int) -> int:
@@ -71,6 +78,7 @@ class PeriodicSync(Alone):
         self._reducer, self._is_exact, self._outer = reducer, is_exact, outer
         self._agreed: dict[str, Tensor] = {}
         self._window = torch.zeros(3, dtype=torch.float64)  # since the last exchange: targets, sum of rates, steps
+        self._is_asked_to_stop = self._all_stop = False
 
     def start(self, replica: Replica) -> None:
         """Check that replicas start equal, and keep the parameters they start from if they will be needed."""
@@ -86,6 +94,17 @@ class PeriodicSync(Alone):
         for shard in replica.shards if self._agreed else ():
             self._agreed[shard.name].copy_(shard.local)
 
+    def total(self, values: Tensor, stop: bool) -> tuple[Tensor, bool]:
+        """This replica's own values. All stop, if one was asked to, when replicas talk: ``update`` says so."""
+        self._is_asked_to_stop = stop
+        return values, stop and self._link.size == 1
+
+    def update(self, replica: Replica) -> Finish:
+        """Step; then exchange if it is time, and say whether all stop."""
+        self._all_stop = False
+        finish = super().update(replica)
+        return replace(finish, stop=self._all_stop)
+
     def is_agreed(self, step: int) -> bool:
         """Whether ``step`` ends with an exchange."""
         return step == self._steps or (step - self._first) % self._every == 0
@@ -94,7 +113,7 @@ class PeriodicSync(Alone):
 
     def agreed(self, replica: Replica) -> Mapping[str, Tensor]:
         """Those agreed on last where they are kept; else the mean of now."""
-        return self._agreed or self._mean(replica)
+        return self._agreed or self._mean(replica, self._sum(float(self._window[0])).item())
 
     def state(self) -> Mapping[str, SyncState]:
         """The window, the parameters agreed on, and what outer rule and reducer remember."""
@@ -105,11 +124,14 @@ class PeriodicSync(Alone):
     def _stepped(self, replica: Replica, targets: int) -> None:
         self._window += torch.tensor([targets, replica.rate, 1.0], dtype=torch.float64)
         if self.is_agreed(self._step):
-            self._exchange(replica)
+            learned, is_asked = float(self._window[0]), float(self._is_asked_to_stop)
+            all_targets, stops = self._sum(learned, is_asked).tolist()
+            self._all_stop = stops > 0
+            self._exchange(replica, all_targets)
 
     @torch.no_grad()
-    def _exchange(self, replica: Replica) -> None:
-        mean = self._mean(replica)
+    def _exchange(self, replica: Replica, targets: float) -> None:
+        mean = self._mean(replica, targets)
         rate = float(self._window[1] / self._window[2])
         for shard in replica.shards:
             after = mean[shard.name]
@@ -122,10 +144,9 @@ class PeriodicSync(Alone):
         self._window.zero_()
         replica.refresh()
 
-    def _mean(self, replica: Replica) -> Mapping[str, Tensor]:
+    def _mean(self, replica: Replica, targets: float) -> Mapping[str, Tensor]:
         """Of the parameters of all replicas, by the targets that each learned from since the last exchange."""
-        learned = float(self._window[0])
-        share = share_of(learned, self._sum(learned).item(), self._link.size)
+        share = share_of(float(self._window[0]), targets, self._link.size)
         own = {shard.name: wide(shard.local) for shard in replica.shards}
         if self._is_exact:
             return self._reducer.weighted_sum(own, share, self._step)

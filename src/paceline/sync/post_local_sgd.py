@@ -13,7 +13,7 @@ from paceline.config import ChosenFrom, Count, Natural, Options, Positive
 from paceline.registry import REDUCERS
 from paceline.sync.all_reduce import AllReduce, AllReduceSync
 from paceline.sync.base import Shapes, SyncContext, SyncState
-from paceline.sync.periodic import PeriodicSync, periodic_state_bytes, periodic_wire_bytes
+from paceline.sync.periodic import PeriodicSync, periodic_delays, periodic_state_bytes, periodic_wire_bytes
 from paceline.sync.reducers.mean import Mean
 
 
@@ -36,6 +36,12 @@ class PostLocalSGD(Options):
         first = min(self.start, steps)
         after = periodic_wire_bytes(self.reducer, self.every, shapes, members, steps - first)
         return self._all_reduce.wire_bytes(shapes, members, first, value_bytes) + after
+
+    def delays(self, members: int, steps: int) -> int:
+        """All-reduce's in the first steps, local SGD's in the others."""
+        first = min(self.start, steps)
+        after = periodic_delays(self.reducer, self.every, members, steps - first)
+        return self._all_reduce.delays(members, first) + after
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """Of both."""

@@ -51,6 +51,7 @@ def train_step(
     if not (finish.stepped or finish.overflowed):
         raise NonFiniteError(_what_went_bad(loss, finish.gradient_norm, step))
     skipped, norm = not finish.stepped, finish.gradient_norm
+    stop = stop or finish.stop
     return StepResult(loss=loss, targets=int(targets), gradient_norm=norm, skipped=skipped, stop=stop)
 
 

@@ -12,6 +12,7 @@ from paceline.config import Config, LayoutConfig, LossScaleConfig, Options, stra
 from paceline.errors import ConfigError, PlanError, WorkerError
 from paceline.plan.precision import PRECISIONS
 from paceline.plan.run import plan_run
+from paceline.train.settle import settle
 from paceline.verify.cases import SEQUENCES, Case, parse
 from paceline.verify.compare import (
     Boxes,
@@ -138,6 +139,7 @@ def verify(
     """
     if dtype not in PRECISIONS:
         raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(PRECISIONS)}")
+    config = settle(config, say=say)
     own = Case(layout=config.layout, replicas=config.all_replicas, compiled=config.train.compile)
     if layouts is None and own == Case(layout=LayoutConfig()):
         layouts = "all"

@@ -11,7 +11,7 @@ from torch import Tensor
 from paceline.comm.link import Link
 from paceline.comm.replica import Shard
 from paceline.config import Options, Positive
-from paceline.plan.wire import all_reduce_bytes
+from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.sync.base import Shapes, SyncContext, SyncState
 from paceline.sync.buckets import bucketed, elements
 from paceline.sync.reducers.base import Wait
@@ -20,8 +20,8 @@ from paceline.sync.reducers.base import Wait
 class Mean(Options):
     """Sum the tensors as they are."""
 
-    bucket_mib: Positive = 32.0
-    """Tensors are sent in buckets of about this size."""
+    bucket_mib: Positive = 2.0
+    """Tensors are sent in buckets of about this size: several are under way at once, and fill each other's pauses."""
 
     is_exact: ClassVar[bool] = True
     source: ClassVar[str] = "no encoding"
@@ -31,6 +31,10 @@ class Mean(Options):
         numels = [math.prod(shape) for shape in shapes.values()]
         buckets = bucketed(numels, elements(self.bucket_mib))
         return sum(all_reduce_bytes(4 * sum(numels[i] for i in bucket), members) for bucket in buckets)
+
+    def delays(self, members: int) -> int:
+        """One ring, for all buckets are on their way together."""
+        return all_reduce_delays(members)
 
     def state_bytes(self, shapes: Shapes) -> int:
         """A copy to send from, while it is sent."""

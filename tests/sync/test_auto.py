@@ -1,0 +1,177 @@
+"""``sync: auto``: a function of the config that takes the best row, or says why it cannot."""
+
+import math
+
+import pytest
+
+from paceline.config import Config, choose, schema, strategy_name
+from paceline.errors import ConfigError, PlanError
+from paceline.plan.network import Network
+from paceline.recipes.explain import explain
+from paceline.registry import SYNCS
+from paceline.sync import measured
+from paceline.sync.auto import Auto, Load, words
+from paceline.sync.base import delays
+from paceline.sync.measured import YARDSTICKS, interpolate, worth
+from paceline.sync.rows import PRESETS, ROWS
+from paceline.train.settle import settle
+from parity import tiny_llama
+
+AUTO = {"name": "auto", "link": "1mbit/50ms", "compute_ms": 10}
+SHAPES = {"a": (400, 1000), "b": (1000, 1200)}
+"""1.6 M parameters."""
+
+
+def runs(**losses):
+    """What might have been measured: all-reduce at 3.0, 2.5, 2.0 and others, each with one seed."""
+    known = dict(zip(YARDSTICKS, (3.0, 2.5, 2.0), strict=True)) | losses
+    return {name: {"0": {"loss": loss}} for name, loss in known.items()}
+
+
+def load(steps=1000, members=2, compute_s=0.03):
+    return Load(shapes=SHAPES, members=members, steps=steps, value_bytes=4, compute_s=compute_s)
+
+
+def best(link, known, **of):
+    return Auto(link=link).candidates(load(**of), lambda _: True, known)[0].name
+
+
+def tree(sync, **other):
+    model = {"config": {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512}}
+    return {"model": model, "data": {"source": "x"}, "train": {"steps": 1000}, "replicas": 4, "sync": sync, **other}
+
+
+def test_worth_is_the_share_of_steps_in_which_all_reduce_gets_as_far():
+    """Halves of the steps are half a nat apart, so a quarter of a nat more is worth 2 ** -0.5."""
+    known = runs(**{"diloco 30": 2.25, "diloco 100": 3.25, "slowmo 10": 1.9})
+    assert worth("diloco 30", known) == pytest.approx(math.sqrt(0.5))
+    assert worth("diloco 100", known) == pytest.approx(0.25 * math.sqrt(0.5))
+    assert worth("slowmo 10", known) == 1.0
+    assert worth("local_sgd 10", known) is None
+    for name, share in YARDSTICKS.items():
+        assert worth(name, known) == pytest.approx(share)
+
+
+def test_worth_is_of_the_seeds_that_all_have():
+    known = runs(**{"diloco 30": 2.25})
+    known["diloco 30"]["1"] = {"loss": 9.0}
+    assert worth("diloco 30", known) == pytest.approx(math.sqrt(0.5))
+
+
+def test_interpolation_goes_on_beyond_both_ends():
+    assert interpolate(4.0, [3.0, 2.5, 2.0], [0.25, 0.5, 1.0]) == pytest.approx(0.0625)
+
+
+def test_the_choice_follows_the_link():
+    """Quick links are for all-reduce, slow ones for the longest period whose worth is not too low."""
+    known = runs(**{"diloco 10": 2.2, "diloco 100": 2.4})
+    assert best("100gbit/1us", known) == "all_reduce"
+    assert best("10gbit/1ms", known) == "all_reduce"
+    assert best("1gbit/5ms", known) == "diloco 10"
+    assert best("1mbit/50ms", known) == "diloco 100"
+    assert best("1mbit/50ms", known, steps=399) == "diloco 10", "of a hundred steps there would be no 4 exchanges"
+
+
+def test_the_choice_has_the_least_time_for_what_is_learned_by_formulas_of_their_own():
+    """All-reduce of 1.6 M fp32 values between two replicas: 6.4 MB a step, and two times two delays."""
+    known = runs(**{"diloco 100": 2.4})
+    found = Auto(link="100mbit/25ms").candidates(load(), lambda _: True, known)
+    diloco, all_reduce = found
+    assert (diloco.name, all_reduce.name) == ("diloco 100", "all_reduce")
+    auto = Auto(link="100mbit/25ms", compute_ms=30)
+    assert words(auto, load(), found) == (
+        "auto on 100mbit/25ms, 30 ms of computation a step: diloco 100, 36.12 ms a step worth 57% rather than "
+        "all_reduce, 642 ms a step"
+    )
+    assert all_reduce.step_s == pytest.approx(0.03 + 0.512 + 0.1, rel=1e-4)
+    assert diloco.step_s == pytest.approx(0.03 + (0.512 + 0.1) / 100, rel=1e-4)
+    assert diloco.cost_s == pytest.approx(diloco.step_s * 2**0.8)
+
+
+def test_what_waits_says_how_often():
+    """Four replicas: a ring is six places; DiLoCo exchanges ten times in 95 steps."""
+    assert delays(choose(SYNCS, "all_reduce"), 4, 100) == 100 * 12
+    assert delays(choose(SYNCS, {"name": "diloco", "every": 10}), 4, 95) == 10 * 12
+    assert delays(choose(SYNCS, {"name": "post_local_sgd", "start": 20, "every": 10}), 4, 95) == 20 * 12 + 8 * 12
+    assert delays(object(), 4, 100) is None
+
+
+def test_a_config_of_auto_becomes_one_of_a_strategy_and_stays_it():
+    config = Config.parse(tree({"name": "auto", "link": "1mbit/50ms"}))
+    assert Config.parse(config.tree()) == config
+    said = []
+    settled = settle(config, say=said.append)
+    assert "auto on 1mbit/50ms" in said[0] and "assumed (sync.compute_ms sets it)" in said[0]
+    assert settled.sync in [choose(SYNCS, row) for row in ROWS.values()]
+    assert settle(settled) is settled
+    assert settle(config) == settled, "nothing is timed"
+    fast = settle(Config.parse(tree({"name": "auto", "link": "100gbit/1us", "compute_ms": 1000})))
+    assert strategy_name(fast.sync) == "all_reduce"
+
+
+def test_levels_are_chosen_one_by_one_and_groups_stay_equal():
+    settled = settle(Config.parse(tree([AUTO, AUTO], replicas=[2, 2])))
+    assert strategy_name(settled.syncs[0]) == "all_reduce", "a level below another keeps its replicas equal"
+    assert not settled.syncs[1].keeps_equal
+    below = settle(Config.parse(tree(["all_reduce", AUTO], replicas=[2, 2])))
+    assert below.syncs[1] == settled.syncs[1]
+
+
+def test_only_what_goes_with_the_rest_of_the_config_is_chosen():
+    settled = settle(Config.parse(tree(AUTO, optimizer={"name": "ftrl"})))
+    assert strategy_name(settled.sync) == "all_reduce"
+    with pytest.raises(PlanError, match="sync=auto finds nothing that this config allows"):
+        Auto(link="1mbit/1ms").candidates(load(), lambda _: False)
+
+
+@pytest.mark.parametrize(
+    ("sync", "said"),
+    [
+        ("auto", "sync.link is missing"),
+        ({"name": "auto", "link": "quick"}, "sync.link='quick': expected a link such as 100mbit/25ms"),
+        ({"name": "auto", "link": "1mbit/1ms", "compute_ms": 0}, "sync.compute_ms=0"),
+    ],
+)
+def test_what_auto_is_not(sync, said):
+    with pytest.raises(ConfigError, match=said):
+        Config.parse(tree(sync))
+
+
+def test_editors_are_told_of_auto():
+    names = [form["properties"]["name"].get("const") for form in schema()["properties"]["sync"]["anyOf"][1:-1]]
+    assert names == [*SYNCS, "auto"]
+
+
+def test_rows_and_presets_are_what_a_config_takes():
+    for row in ROWS.values():
+        choose(SYNCS, row)
+    assert all(name in ROWS for names in PRESETS.values() for name in names)
+
+
+def test_the_choice_is_within_a_tenth_of_the_best_row_that_was_measured():
+    """By the measured worth of every row, and the time of its exchanges on the link, written out here."""
+    known = measured.read()
+    for link in ("1gbit/0.5ms", "100mbit/25ms", "20mbit/50ms"):
+        times = {}
+        for name, row in ROWS.items():
+            options, share = choose(SYNCS, row), worth(name, known)
+            if share is None or delays(options, 4, 800) is None:
+                continue
+            seconds = Network.parse(link).seconds(options.wire_bytes(SHAPES, 4, 800), delays(options, 4, 800)) / 800
+            times[name] = (0.03 + seconds) / share
+        chosen = best(link, known, steps=800, members=4)
+        assert times[chosen] <= 1.1 * min(times.values()), (link, times)
+
+
+def test_a_module_of_ones_own_is_measured_itself():
+    config = Config.parse({key: value for key, value in tree(AUTO).items() if key != "model"})
+    assert settle(config, tiny_llama()).sync == settle(config, tiny_llama(seed=1)).sync
+    assert settle(config) is config, "without a model what needs one will say so"
+
+
+def test_the_plan_says_what_was_chosen_and_why():
+    plan = explain(Config.parse(tree(AUTO)))
+    assert strategy_name(plan.config.sync) in SYNCS
+    assert plan.chosen[0].startswith("auto on 1mbit/50ms, 10 ms of computation a step: ")
+    assert plan.chosen[0] in plan.text() and plan.values()["chosen"] == list(plan.chosen)
+    assert explain(plan.config).chosen == ()
