@@ -20,7 +20,7 @@ echo "make: paceline needs Python 3.11 or newer; none of these is: $(PYTHONS). N
 exit 1
 endef
 
-.PHONY: help env demo test slow verify-all any-model sync-table mutants check format lint types layers docs-check docs wheel newest lock
+.PHONY: help env demo test slow verify-all any-model sync-table mutants simulate check format lint types layers docs-check docs wheel newest lock
 help:
 	@sed -n 's/^# //p' Makefile | head -4; echo; grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
@@ -45,6 +45,9 @@ sync-table: env ## what syncs cost in quality, against all-reduce; writes docs/r
 
 mutants: env ## mistakes made on purpose, which verify has to catch; writes docs/reference/mutants.md (long)
 	@$(BIN)/python tools/mutants.py $(ARGS)
+
+simulate: env ## the parameter server's logic under 20,000 made-up schedules of losses and deaths
+	@$(BIN)/python tools/simulate.py $(ARGS)
 
 check: format lint types layers docs-check ## formatting, lint, types, layers and documentation
 

@@ -121,6 +121,7 @@ SYNCS = Table(
         "gossip": "paceline.sync.gossip:Gossip",
         "partial": "paceline.sync.partial:Partial",
         "federated": "paceline.sync.federated:Federated",
+        "parameter_server": "paceline.sync.parameter_server:ParameterServer",
     },
 )
 

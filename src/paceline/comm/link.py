@@ -90,6 +90,9 @@ class Link(Protocol):
     def sub(self, members: Sequence[int]) -> "Link":
         """A link among some members, in this order; they all call it. It ends with this one, which counts its bytes."""
 
+    def count(self, n_bytes: int) -> None:
+        """Count payload that this member has sent to other members by way of servers."""
+
     def abort(self) -> None:
         """Break the link: pending exchanges fail with ``LinkError``."""
 
@@ -144,6 +147,10 @@ class LocalLink:
         """The same again."""
         assert list(members) == [0], members
         return self
+
+    def count(self, n_bytes: int) -> None:
+        """There is nobody to send to."""
+        raise AssertionError(n_bytes)
 
     def abort(self) -> None:
         """Nothing to break."""
@@ -266,6 +273,10 @@ class GroupLink:
         store = PrefixStore(f"sub/{among}/{len(before)}", self._store)
         before.append(_form(store, list(members).index(self.index), len(members), **self._how))
         return before[-1]
+
+    def count(self, n_bytes: int) -> None:
+        """Count what went by way of servers."""
+        self._sent_bytes += n_bytes
 
     def abort(self) -> None:
         """Break the link, and those among some of its members."""

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from paceline.comm.boxes import Part
+
+if TYPE_CHECKING:
+    from paceline.optim.base import OptimizerConfig
 
 Vote = Callable[[bool], bool]
 """Turns this replica's wish to step into the decision of all replicas that must decide alike."""
@@ -159,4 +162,37 @@ class VisitedReplica(Replica, Protocol):
 
         What several ranks hold alike counts once.
         """
+        ...
+
+
+@runtime_checkable
+class Remote(Replica, Protocol):
+    """A replica whose steps may be taken elsewhere: by servers that hold its parameters and the optimizer's state."""
+
+    rank: int
+    """Of this rank in the replica."""
+    learns_by: "OptimizerConfig"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for the replica."""
+        ...
+
+    def owns(self, name: str) -> bool:
+        """Whether this rank counts what it holds of a parameter: of ranks with equal values exactly one does."""
+        ...
+
+    def sum_of(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks of the replica, which all call it: fp64, on the CPU."""
+        ...
+
+    def kept(self, name: str) -> Mapping[str, torch.Tensor]:
+        """What the optimizer keeps of a parameter, by its keys."""
+        ...
+
+    def keep(self, name: str, key: str, value: torch.Tensor) -> None:
+        """Set what the optimizer keeps of a parameter; it is shaped as this rank's part of it, or one number."""
+
+    def finish(self, vote: Vote, step: Callable[[], None] | None = None) -> Finish:
+        """See ``Replica``. ``step`` is called in place of the optimizer's own, and sets the parameters."""
         ...

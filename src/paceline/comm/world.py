@@ -29,6 +29,8 @@ class Rendezvous:
     """All ranks are on this machine: their sockets are bound to the loopback address."""
     attempt: str = "0"
     """Told apart in the store's keys, which outlive a restart of the ranks."""
+    servers: tuple[tuple[str, int], ...] = ()
+    """Where servers that were started beside the ranks listen."""
 
     def host_store(self) -> TCPStore:
         """Serve the store from this process; ``PlanError`` if the port is taken."""
@@ -65,6 +67,8 @@ class World:
     """How many replicas, or groups of the level below, agree at each level of a hierarchy, innermost first."""
     links: tuple[Link, ...]
     """One for each level: to those with which this one agrees there. Of a single level it is ``link``."""
+    servers: tuple[tuple[str, int], ...] = ()
+    """Where server processes listen; none if nobody has started any."""
 
     @property
     def data_rank(self) -> int:
@@ -91,8 +95,16 @@ def join(
     """
     timeout_s, loopback = (rendezvous.timeout_s, rendezvous.loopback) if rendezvous is not None else (0.0, True)
     store = rendezvous.connect() if rendezvous is not None else None
+    servers = rendezvous.servers if rendezvous is not None else ()
     with enter(
-        coordinates, device, store, grid, timeout_s=timeout_s, loopback=loopback, group_sizes=group_sizes
+        coordinates,
+        device,
+        store,
+        grid,
+        timeout_s=timeout_s,
+        loopback=loopback,
+        group_sizes=group_sizes,
+        servers=servers,
     ) as world:
         yield world
 
@@ -107,6 +119,7 @@ def enter(
     timeout_s: float,
     loopback: bool,
     group_sizes: Sequence[int] | None = None,
+    servers: tuple[tuple[str, int], ...] = (),
 ) -> Iterator[World]:
     """``join`` through a store that is connected already; None for a run of one rank."""
     assert grid.ranks == coordinates.ranks, (grid, coordinates)
@@ -137,6 +150,7 @@ def enter(
             store=store,
             mesh=Mesh.make(grid, coordinates.rank, device.torch_device.type),
             link=everyone,
+            servers=servers,
             group_sizes=sizes,
             links=(everyone,)
             if len(groups) == 1

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Protocol
 
 from paceline.comm.ranks import Coordinates
 from paceline.comm.world import Rendezvous
@@ -27,6 +28,18 @@ class Rank:
     log: Path
 
 
+class Servers(Protocol):
+    """What is started beside the ranks, and ends with them."""
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where ranks find them."""
+        ...
+
+    def __call__(self, line: Line) -> None:
+        """Run, in a process of its own."""
+
+
 class LocalRun:
     """A run's ranks on this machine.
 
@@ -36,9 +49,20 @@ class LocalRun:
     """
 
     def __init__(
-        self, main: RankMain, coordinates: Sequence[Coordinates], *, port: int, logs: Path, debug: bool = False
+        self,
+        main: RankMain,
+        coordinates: Sequence[Coordinates],
+        *,
+        port: int,
+        logs: Path,
+        debug: bool = False,
+        servers: Servers | None = None,
     ) -> None:
-        # The ranks are forked before this process has any thread: the store's is started after them.
+        # All are forked before this process has any thread: the store's is started after them.
+        self._beside: list[Child] = []
+        if servers is not None:
+            log = logs / "parameter-servers.log"
+            self._beside = [Child("the parameter servers", servers, log, method=torch_start_method(), debug=debug)]
         self._children = {
             c.global_rank: Child(
                 f"rank {c.global_rank} (replica {c.replica})",
@@ -60,8 +84,9 @@ class LocalRun:
         except BaseException:
             self.kill()
             raise
+        addresses = servers.addresses if servers is not None else []
         for child in self._children.values():
-            child.line.send("store", port=self._store.port)
+            child.line.send("store", port=self._store.port, servers=addresses)
         self._interrupts = 0
         self._abandoned = False
 
@@ -84,14 +109,16 @@ class LocalRun:
                 child.process.terminate()
 
     def kill(self) -> None:
-        """End every rank at once."""
-        for child in self._children.values():
+        """End every rank at once, and what runs beside them."""
+        every = [*self._children.values(), *self._beside]
+        for child in every:
             child.process.kill()
-        for child in self._children.values():
+        for child in every:
             child.process.join()
 
     def _receive(self, pending: dict[int, Child]) -> Iterator[tuple[int, Message]]:
         by_handle = {child.line.connection: (rank, child) for rank, child in pending.items()}
+        by_handle |= {child.line.connection: (-1, child) for child in self._beside if not child.finished}
         for handle in wait(list(by_handle), timeout=1.0):
             rank, child = by_handle[handle]  # type: ignore[index]
             try:
@@ -111,6 +138,10 @@ class LocalRun:
                 yield rank, message
 
     def _raise_failures(self) -> None:
+        for child in self._beside:
+            if child.error:
+                self.kill()
+                raise told_error({"expected": True, "type": "WorkerError", "traceback": None, **child.error}, child.log)
         if not any(child.error for child in self._children.values()):
             return
         self._collect_errors()
@@ -161,7 +192,8 @@ class _RankStart:
     def __call__(self, line: Line) -> None:
         os.environ["LOCAL_RANK"] = str(self.coordinates.local_rank)
         message = line.receive()
-        self.main(self.coordinates, Rendezvous(port=message["port"]), line)
+        servers = tuple((host, port) for host, port in message["servers"])
+        self.main(self.coordinates, Rendezvous(port=message["port"], servers=servers), line)
 
 
 def _blame(child: Child) -> int:

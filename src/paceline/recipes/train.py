@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,6 +26,8 @@ from paceline.plan.run import plan_run
 from paceline.recipes import folder as run_folder
 from paceline.recipes.prepare import prepare_in_child
 from paceline.sync.privacy import epsilon
+from paceline.sync.server.keep import ServerProcesses
+from paceline.sync.server.serve import Durability
 from paceline.track import RunInfo, Tracker
 from paceline.track.report import write_report
 from paceline.track.terminal import display
@@ -91,6 +94,7 @@ def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: S
         port=config.train.port,
         logs=output / "logs",
         debug=debug,
+        servers=parameter_servers(config, output),
     )
     shown: Tracker | None = None
     first_loss_s = None
@@ -115,6 +119,17 @@ def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: S
             with suppress(OSError):
                 shown.close()
     return Result(**{**done, "first_loss_s": first_loss_s, "seconds": time.perf_counter() - start})
+
+
+def parameter_servers(config: Config, output: Path) -> ServerProcesses | None:
+    """What is to be started beside the ranks; None for a sync that wants no servers."""
+    sync: Any = config.sync
+    if not getattr(sync, "is_served", False) or config.all_replicas == 1:
+        return None
+    folder = output / "servers"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that is over: checkpoints are what a run goes on from
+    kept = Durability(folder=None if sync.durability == "none" else folder, fsync=sync.durability == "host")
+    return ServerProcesses(sync.servers, kept)
 
 
 def _show(shown: Tracker, kind: str, record: Mapping[str, Any]) -> Tracker | None:

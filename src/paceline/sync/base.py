@@ -5,8 +5,8 @@ counterparts in the other replicas, never the layout that cut them: so every str
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -38,6 +38,15 @@ class SyncContext:
     """Of this rank in its replica."""
     clients: int = 0
     """Of a federated run, all of them."""
+
+    shapes: Shapes | None = None
+    """Of all parameters of the whole model that learn; None if every rank has a part of each."""
+    servers: Sequence[tuple[str, int]] = ()
+    """Where server processes that were started beside the ranks listen."""
+    meets: Callable[[int], bool] = field(default=lambda _: False)
+    """After which steps weights are measured or saved, so that replicas have to hold the same."""
+    clip_norm: float | None = None
+    """What ``train.clip_norm`` asks for, where the strategy clips itself."""
 
     def full_tensors(self, shards: Sequence[Shard]) -> FullTensors:
         """Of some parameters, for what needs more of a tensor than a rank holds."""
@@ -137,6 +146,21 @@ class Remembering(Protocol):
     @property
     def remembered(self) -> dict[int, dict[str, torch.Tensor]]:
         """By a number, and as ``PARAMETER/what``; a checkpoint keeps them, and makes places for those that it has."""
+        ...
+
+
+@runtime_checkable
+class Serving(Protocol):
+    """A strategy whose servers hold what is otherwise the replica's."""
+
+    def restored(self) -> None:
+        """Weights and the optimizer's state were set from outside: servers have to begin with these."""
+
+    def gather(self, replica: Replica) -> None:
+        """Before a save, on the ranks that write: make the replica hold what is to be saved."""
+
+    def words(self) -> str | None:
+        """What the report says of it at the end of a run."""
         ...
 
 

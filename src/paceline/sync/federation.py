@@ -12,10 +12,10 @@ from paceline.comm.replica import Finish, Replica, VisitedReplica
 from paceline.data.rounds import Round, Visit
 from paceline.sync.aggregates.base import Collected
 from paceline.sync.aggregation import Aggregation, FairMean, WeightedMean
+from paceline.sync.alone import wide
 from paceline.sync.base import SyncContext, SyncState, check_equal_start
 from paceline.sync.control import ControlVariates
 from paceline.sync.moments import ClientMoments
-from paceline.sync.periodic import wide
 from paceline.sync.privacy import Privacy
 from paceline.sync.secure.mean import SecureMean
 

@@ -10,29 +10,21 @@ Every replica of a group has its own link to its counterparts in the other group
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from paceline.comm.link import Link
 from paceline.comm.replica import Finish, Replica, Shard, Vote
 from paceline.errors import PlanError
-from paceline.parallel.full import FullTensors
 from paceline.sync.base import Sync, SyncConfig, SyncContext, SyncState
 
 
-def build_sync(
-    levels: Sequence[SyncConfig],
-    links: Sequence[Link],
-    *,
-    steps: int,
-    seed: int,
-    full: FullTensors | None = None,
-    rank: int = 0,
-    clients: int = 0,
-) -> Sync:
+def build_sync(levels: Sequence[SyncConfig], links: Sequence[Link], *, steps: int, seed: int, **other: Any) -> Sync:
     """The strategies of all levels at work, innermost first, each over its own link.
 
-    Raises ``PlanError`` for a group whose replicas differ: it is not one replica to the level above.
+    ``other`` are further fields of their contexts. Raises ``PlanError`` for a group whose replicas differ: it is not
+    one replica to the level above.
     """
     for level in levels[:-1]:
         if not level.keeps_equal:
@@ -40,7 +32,7 @@ def build_sync(
                 f"sync: {type(level).__name__} below another level is not built, for its replicas differ between "
                 "exchanges. Use it as the last of the list, or all_reduce in its place"
             )
-    contexts = [SyncContext(link=link, steps=steps, seed=seed, full=full, rank=rank, clients=clients) for link in links]
+    contexts = [SyncContext(link=link, steps=steps, seed=seed, **other) for link in links]
     sync, *above = [level.build(context) for level, context in zip(levels, contexts, strict=True)]
     for outer in above:
         sync = Hierarchy(sync, outer)

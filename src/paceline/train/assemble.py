@@ -47,6 +47,7 @@ from paceline.train.build import Built, Goal, build
 from paceline.train.clients import check_extras, client_loader, identity, owned_rows
 from paceline.train.micro import Trial, choose_micro
 from paceline.train.perturb import Perturb
+from paceline.train.policy import after
 from paceline.train.rate import Rate
 from paceline.train.state import Variant
 
@@ -260,6 +261,7 @@ def put_together(
             config.syncs,  # type: ignore[arg-type]
             world.links,
             full=built.replica.full,
+            shapes=shapes,
             **_of_run(config, world, material),
         ),
         variant=variant,
@@ -284,9 +286,21 @@ def _loader(config: Config, world: World, material: Material, batches: Batches) 
     )
 
 
-def _of_run(config: Config, world: World, material: Material) -> dict[str, int]:
-    clients = 0 if material.clients is None else len(material.clients)
-    return {"steps": config.train.steps, "seed": config.seed, "rank": world.coordinates.rank, "clients": clients}
+def _of_run(config: Config, world: World, material: Material) -> dict[str, Any]:
+    return {
+        "steps": config.train.steps,
+        "seed": config.seed,
+        "rank": world.coordinates.rank,
+        "clients": 0 if material.clients is None else len(material.clients),
+        "servers": world.servers,
+        "meets": partial(_is_looked_at, config),
+        "clip_norm": config.train.clip_norm,
+    }
+
+
+def _is_looked_at(config: Config, step: int) -> bool:
+    todo = after(config, step, stop=False)
+    return todo.evaluate or todo.save
 
 
 def _to_come_bytes(config: Config, world: World, built: Built, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -79,6 +79,8 @@ class ModuleReplica:
             self._rounded = Rounded(optimizer, self.local, self.full, rounding_seed)
         self.optimizer = self._rounded or optimizer.build(self.local, self.full)
         self.state_kinds = optimizer.state_kinds
+        self.learns_by = optimizer
+        self.rank = mesh.world.index
         self._reports = reports and mesh.tensor.index == 0
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.rate = self._peak_rate = optimizer.lr
@@ -161,8 +163,11 @@ class ModuleReplica:
         self._vetoed = True
 
     @torch.no_grad()
-    def finish(self, vote: Vote) -> Finish:
-        """Unscale, measure, adjust and step if the vote says so, clear the gradients."""
+    def finish(self, vote: Vote, step: Callable[[], None] | None = None) -> Finish:
+        """Unscale, measure, adjust and step if the vote says so, clear the gradients.
+
+        ``step``, if given, is called in place of the optimizer's.
+        """
         update, scale = self._update, self.loss_scale.value
         groups = self.optimizer.param_groups
         update.begin({name: group["lr"] for group in groups for name in group.get("names", ())})
@@ -173,7 +178,9 @@ class ModuleReplica:
             for adjustment in self._adjustments:
                 adjustment.before(update)
             self.lend_gradients()
-            if isinstance(self.optimizer, Searching):
+            if step is not None:
+                step()
+            elif isinstance(self.optimizer, Searching):
                 assert self.passes is not None
                 self.optimizer.search(self.passes)
             else:
@@ -238,6 +245,20 @@ class ModuleReplica:
             own = self.local[shard.name]
             if own is not shard.parameter:
                 own.data = shard.local
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for the replica."""
+        return self.rank == 0
+
+    def kept(self, name: str) -> Mapping[str, Tensor]:
+        """What the optimizer keeps of a parameter, by its keys."""
+        kept = self.optimizer.state.get(self.local[name], {})
+        return {key: value for key, value in kept.items() if isinstance(value, Tensor)}
+
+    def keep(self, name: str, key: str, value: Tensor) -> None:
+        """Set what the optimizer keeps of a parameter; it is shaped as this rank's part of it, or one number."""
+        self.optimizer.state[self.local[name]][key] = value
 
     def owns(self, name: str) -> bool:
         """Whether this rank counts what it holds of a parameter: of ranks with equal values exactly one does."""

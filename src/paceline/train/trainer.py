@@ -23,7 +23,7 @@ from paceline.errors import CheckpointError, NonFiniteError, TrainError
 from paceline.evaluate.held_out import Evaluation
 from paceline.objectives.base import Batch
 from paceline.optim.base import Averaging
-from paceline.sync.base import differing
+from paceline.sync.base import Serving, differing
 from paceline.track import Trackers
 from paceline.train import state
 from paceline.train.assemble import Parts
@@ -118,6 +118,9 @@ class Loop:
         if self.is_done:
             self._take_the_best()
             self._has_ended = True
+        sync = self.parts.sync
+        if self.trackers and isinstance(sync, Serving) and (words := sync.words()):
+            self.trackers.event("sync", words, step=self.step)
 
     @property
     def is_done(self) -> bool:
@@ -199,6 +202,8 @@ class Loop:
             return
         self._tell_saved(parts.checkpointer.wait())
         replica = parts.built.replica
+        if isinstance(parts.sync, Serving):
+            parts.sync.gather(replica)
         average = parts.average.tensors
         tensors = state.tensors(parts.built.model, replica, parts.sync, parts.variant, average=average)
         parts.checkpointer.save(self.step, state.owned(tensors, replica), self._values())
@@ -329,6 +334,8 @@ class Loop:
             self._layout,
             average=parts.average.restored(values.get("average")),
         )
+        if isinstance(parts.sync, Serving):
+            parts.sync.restored()
         parts.rate.restore(values.get("rate"))
         self._spikes.restore(values.get("spikes"))
         self._early_stop.restore(values.get("early_stop"))

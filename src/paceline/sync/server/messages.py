@@ -1,0 +1,272 @@
+"""What workers, coordinator and shards of a parameter server say to each other.
+
+Every message is a request that is answered, at once or later; who asks asks again until it is, so each may arrive
+twice, late, or out of order. A worker is a replica; ``life`` counts its starts. A push is (worker, life, number);
+numbers of a worker count from 1 and go on over its lives. A clock is a step of a worker, from 0.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Push(NamedTuple):
+    """The name of one worker's gradient."""
+
+    worker: int
+    life: int
+    number: int
+
+
+class Term(NamedTuple):
+    """A push in an update."""
+
+    push: Push
+    weight: float
+    base: int
+    """The version whose gradient it is."""
+
+
+# The order of things, made by the coordinator and followed by every shard. Each entry has the next number.
+
+
+class Begun(NamedTuple):
+    """A worker started (again): what earlier lives of it staged after push ``number`` was never committed."""
+
+    worker: int
+    life: int
+    number: int
+
+
+class Left(NamedTuple):
+    """A worker is gone: the same for all lives up to ``life``; and it reads no more."""
+
+    worker: int
+    life: int
+    number: int
+
+
+class Update(NamedTuple):
+    """The next version: one step of the optimizer with a weighted sum of gradients.
+
+    ``rate``: the optimizer's rate as a share of its peak. ``measured``: shards report the squared norm of their part,
+    and the step waits for ``Measured``.
+    """
+
+    version: int
+    terms: tuple[Term, ...]
+    rate: float
+    measured: bool
+
+
+class Measured(NamedTuple):
+    """The step of a measured update, its gradient times ``scale``."""
+
+    version: int
+    scale: float
+
+
+class Dropped(NamedTuple):
+    """A push that came too late: it is not applied."""
+
+    push: Push
+
+
+class Pin(NamedTuple):
+    """A worker reads the version of now until its next pin: all shards keep it."""
+
+    worker: int
+    life: int
+
+
+Entry = Begun | Left | Update | Measured | Dropped | Pin
+
+
+# To the coordinator.
+
+
+class Join(NamedTuple):
+    """A worker started. ``life`` is greater than that of all its starts before; a retry has the same."""
+
+    worker: int
+    life: int
+
+
+class Commit(NamedTuple):
+    """All parts of a push are with the shards: it may be applied. ``targets`` = 0: it has no gradient.
+
+    ``stop``: this worker was asked to end the run.
+    """
+
+    push: Push
+    clock: int
+    targets: float
+    rate: float
+    stop: bool = False
+
+
+class Turn(NamedTuple):
+    """May this worker begin ``clock``, and from which version? ``meet``: wait for all, and read what they read."""
+
+    worker: int
+    life: int
+    clock: int
+    meet: bool = False
+
+
+class Leave(NamedTuple):
+    """A worker has ended, or is taken for dead."""
+
+    worker: int
+    life: int
+
+
+class Fetch(NamedTuple):
+    """A shard wants the entries after ``after``; those up to ``kept`` it will never want again.
+
+    ``measured``: the version whose update is measured, and the squared norm of its part of the gradient.
+    """
+
+    shard: int
+    after: int
+    kept: int
+    measured: tuple[int, float] | None = None
+
+
+# To a shard.
+
+
+class Stage(NamedTuple):
+    """One rank's part of a push."""
+
+    push: Push
+    rank: int
+    payload: Any
+
+
+class Pull(NamedTuple):
+    """One rank's part of the version that the worker has pinned by ``entry``."""
+
+    worker: int
+    life: int
+    rank: int
+    entry: int
+    version: int
+    payload: Any = None
+
+
+# Answers.
+
+
+class Joined(NamedTuple):
+    """``number`` of the last push committed; the worker goes on with ``clock``."""
+
+    number: int
+    clock: int
+
+
+class Committed(NamedTuple):
+    """The push will be applied, or was too late and is not."""
+
+    number: int
+    kept: bool
+
+
+class Granted(NamedTuple):
+    """Begin ``clock`` from ``version``.
+
+    ``clock`` may be later than asked for, for a worker that others did not wait for. ``floor``: all pushes of clocks
+    before it are in. ``entry``: that of the pin. ``staleness``: of the last push of this worker that was applied,
+    in versions. ``norm``: of the gradient of the newest version that was measured. ``stop``: the clock before which the
+    run ends, if one worker was asked to end it.
+    """
+
+    clock: int
+    version: int
+    entry: int
+    floor: int
+    staleness: int
+    norm: float
+    stop: int | None
+
+
+class Entries(NamedTuple):
+    """The entries from number ``first`` on."""
+
+    first: int
+    entries: tuple[Entry, ...]
+
+
+class Done(NamedTuple):
+    """It is so; ``payload`` is what was asked for."""
+
+    payload: Any = None
+
+
+class Values(NamedTuple):
+    """A part of a version."""
+
+    version: int
+    payload: Any
+
+
+class Refused(NamedTuple):
+    """It cannot be so; ``reason`` says why."""
+
+    reason: str
+
+
+# Around a run: to every server, while no worker is at work.
+
+
+class Setup(NamedTuple):
+    """Begin anew, with nothing of what was before. ``options`` says what all servers are told."""
+
+    life: int
+    options: Any
+
+
+class Fill(NamedTuple):
+    """Set a part of the parameters (``key`` None), or of what the optimizer keeps by a key."""
+
+    key: str | None
+    payload: Any
+
+
+class Ready(NamedTuple):
+    """All is filled; ``scalars`` are what the optimizer keeps of each parameter that is one number."""
+
+    scalars: Any
+
+
+class Ask(NamedTuple):
+    """What the optimizer keeps by which keys, and how stale pushes were."""
+
+
+Request = Join | Commit | Turn | Leave | Fetch | Stage | Pull | Setup | Fill | Ready | Ask
+Answer = Joined | Committed | Granted | Entries | Done | Values | Refused
+
+
+KINDS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        *(Push, Term, Begun, Left, Update, Measured, Dropped, Pin),
+        *(Join, Commit, Turn, Leave, Fetch, Stage, Pull),
+        *(Setup, Fill, Ready, Ask),
+        *(Joined, Committed, Granted, Entries, Done, Values, Refused),
+    )
+}
+
+
+def plain(message: Any) -> Any:
+    """A message as lists and plain values, for JSON; payloads must be such already."""
+    if isinstance(message, tuple):
+        name = type(message).__name__
+        return [name if name in KINDS else "", *map(plain, message)]
+    return message
+
+
+def read(values: Any) -> Any:
+    """The message of its ``plain`` form."""
+    if isinstance(values, list):
+        name, *fields = values
+        return KINDS[name](*map(read, fields)) if name else tuple(map(read, fields))
+    return values

@@ -1,0 +1,120 @@
+"""Ten thousand schedules, and that a server whose logic is broken in some way is caught in one of few, made small."""
+
+from dataclasses import replace
+
+import pytest
+
+import simulate
+from paceline.sync.server.coordinator import Coordinator
+from paceline.sync.server.shard import ServerShard
+
+CHUNKS, EACH = 5, 2_000
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_all_promises_are_kept_in_every_schedule(chunk):
+    for seed in range(chunk * EACH, (chunk + 1) * EACH):
+        case = simulate.Case.of(seed)
+        what = simulate.broken(case)
+        assert what is None, simulate.told(simulate.shrunk(case))
+
+
+class KeepsDecided(ServerShard):
+    """Takes a push that comes again, after it was decided on, for a new one, and keeps it for ever."""
+
+    def _stage(self, request):
+        self._log.append(request)
+        self._staged.setdefault(request.push, {})[request.rank] = request.payload
+
+
+class ForgetsStaged(ServerShard):
+    """Acknowledges a push before it is in the log."""
+
+    def _stage(self, request):
+        log, self._log = self._log, simulate.MemoryLog()
+        super()._stage(request)
+        self._log = log
+
+
+class TornReads(ServerShard):
+    """Reads what there is now, not the version that was pinned."""
+
+    def _answer_pulls(self):
+        self._copies = dict.fromkeys(self._copies, self.store.copy())
+        return super()._answer_pulls()
+
+
+class NoBound(Coordinator):
+    """Lets everyone run."""
+
+    def _is_within(self, clock, floor):
+        return True
+
+
+class CountsTheDead(Coordinator):
+    """Waits for a worker that has left."""
+
+    def _floor(self):
+        return min(member.clock for member in self._state.members)
+
+    def _is_closed(self):
+        return all(member.clock > self._state.round for member in self._state.members)
+
+
+class KeepsLate(Coordinator):
+    """Adds a late gradient to whatever clock is open."""
+
+    def _commit(self, to, request, out):
+        if self.rules.mode == "sync":
+            request = request._replace(clock=max(request.clock, self._state.round))
+        super()._commit(to, request, out)
+
+
+class TakesOldLives(Coordinator):
+    """Lets a delayed message of an earlier life speak for the worker."""
+
+    def _living(self, to, worker, life, out):
+        return self._state.members[worker]
+
+
+class CommitsTwice(Coordinator):
+    """Takes every commit for a new one."""
+
+    def _commit(self, to, request, out):
+        member = self._state.members[request.push.worker]
+        if request.push.number == member.number:
+            member.number -= 1
+        super()._commit(to, request, out)
+
+
+BROKEN = [
+    {"shard": ForgetsStaged},
+    {"shard": TornReads},
+    {"shard": KeepsDecided},
+    {"coordinator": NoBound},
+    {"coordinator": CountsTheDead},
+    {"coordinator": KeepsLate},
+    {"coordinator": TakesOldLives},
+    {"coordinator": CommitsTwice},
+]
+
+
+@pytest.mark.parametrize("logic", BROKEN, ids=lambda logic: next(iter(logic.values())).__name__)
+def test_broken_logic_is_caught_and_its_schedule_made_small(logic, monkeypatch):
+    monkeypatch.setattr(simulate, "MOST_EVENTS", 4_000)
+    caught = next(case for seed in range(2_000) if simulate.broken(case := simulate.Case.of(seed), **logic))
+    small = simulate.shrunk(caught, **logic)
+    assert simulate.broken(small, **logic)
+    assert small.faults - len(small.muted) <= caught.faults and small.clocks <= caught.clocks
+    assert all(simulate.broken(simpler, **logic) is None for simpler in simulate._simpler(small))
+    story = simulate.told(small, **logic)
+    assert story.count("\n") > 5 and story.startswith("Case(")
+    assert simulate.told(small, **logic) == story, "a schedule is the same every time"
+    assert simulate.broken(small) is None, "the logic itself keeps its promises in it"
+
+
+def test_a_schedule_without_faults_is_one_without_faults():
+    case = replace(simulate.Case.of(3), faults=0)
+    simulation = simulate.Simulation(case)
+    simulation.run()
+    assert simulation.happened == 0 and simulation.read_versions

@@ -1,0 +1,157 @@
+"""A parameter server against all-reduce, its bounds in real runs, and servers that are killed while a run goes on."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from loops import config, distance, run_all
+from paceline.comm import link
+from paceline.comm.mesh import Mesh
+from paceline.errors import ConfigError, PlanError
+from paceline.optim.adamw import AdamW
+from paceline.parallel.precision import Masters
+from paceline.plan.run import plan_run
+from paceline.schedule.accumulate import Accumulate
+from paceline.sync.base import SyncContext
+from paceline.sync.parameter_server import ParameterServer
+from paceline.train.replica import ModuleReplica
+from paceline.train.step import train_step
+from parity import CPU, objective, share, tiny_llama
+from servers import children, processes
+from tolerances import FP64_EQUAL
+
+STEPS = 5
+
+
+def run(sync, folder, **other):
+    """AdamW with decay, a rate that changes, and clipping that bites."""
+    other.setdefault("train", {"steps": STEPS, "clip_norm": 0.2})
+    return config(
+        sync,
+        folder=str(folder),
+        **{
+            "replicas": 2,
+            "optimizer": {"name": "adamw", "lr": 0.01, "weight_decay": 0.3},
+            "schedule": {"name": "linear", "warmup_steps": 2},
+            **other,
+        },
+    )
+
+
+@pytest.mark.parametrize("layout", [{}, {"shard": 2}, {"tensor": 2}], ids=["plain", "shard", "tensor"])
+def test_in_lock_step_it_is_all_reduce(layout, pool, tmp_path):
+    """Every loss, weight and moment, and what a checkpoint holds; stale with a bound of 0 is the same in every bit."""
+    syncs = {
+        "all_reduce": "all_reduce",
+        "sync": {"name": "parameter_server", "servers": 3},
+        "stale": {"name": "parameter_server", "servers": 3, "mode": "stale", "staleness": 0},
+    }
+    ran = dict(
+        zip(
+            syncs,
+            run_all(pool, [run(sync, tmp_path / key, layout=layout) for key, sync in syncs.items()]),
+            strict=True,
+        )
+    )
+    for one, other in zip(ran["all_reduce"].losses, ran["sync"].losses, strict=True):
+        assert one == pytest.approx(other, rel=FP64_EQUAL)
+    for one, other in zip(ran["all_reduce"].states, ran["sync"].states, strict=True):
+        assert distance(one, other) <= FP64_EQUAL
+    assert distance(ran["sync"].states[0], ran["stale"].states[0]) == 0.0
+    assert distance(ran["sync"].states[0], ran["sync"].states[1]) == 0.0
+
+
+def test_a_run_of_one_goes_on_under_the_other(pool, tmp_path):
+    """Saved by servers, continued by an all-reduce, against never stopped."""
+    server = {"name": "parameter_server"}
+    (whole,) = run_all(pool, [run("all_reduce", tmp_path / "whole")])
+    run_all(pool, [run(server, tmp_path / "cut")], until=2)
+    run_all(pool, [run("all_reduce", tmp_path / "cut")], until=4)
+    (after,) = run_all(pool, [run(server, tmp_path / "cut")])
+    assert distance(whole.states[0], after.states[0]) <= FP64_EQUAL
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "stale", "staleness": 1},
+        {"mode": "async"},
+        {"mode": "async", "compensation": "adaptive", "scale_rate": True},
+    ],
+    ids=["stale", "async", "compensated"],
+)
+def test_replicas_at_their_own_pace_agree_where_they_meet(options, pool, tmp_path):
+    """In the end, and where weights are saved or measured; and they learn."""
+    options = {"name": "parameter_server", **options}
+    train = {"steps": 12, "clip_norm": 1.0}
+    settings = run(options, tmp_path, replicas=3, train=train, checkpoint={"every": 4}, evaluate={"every": 4})
+    (ran,) = run_all(pool, [settings])
+    assert distance(ran.weights[0], ran.weights[1]) == distance(ran.weights[0], ran.weights[2]) == 0.0
+    assert len(set(ran.evaluations)) == 1
+    assert all(losses[-1] < losses[0] for losses in ran.losses)
+    (again,) = run_all(pool, [run(options, tmp_path, replicas=3, train={**train, "steps": 13})])
+    assert len(again.losses[0]) == 1
+
+
+def with_servers(member, addresses, keeper, kills):
+    """AdamW on servers in processes of their own; before some steps one of these is killed."""
+    between = link.connect(
+        member.store, index=member.index, size=member.size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True
+    )
+    model = tiny_llama()
+    replica = ModuleReplica(Masters(model, torch.float64), AdamW(lr=0.01), mesh=Mesh.alone())
+    options = ParameterServer(servers=2, timeout_s=60.0)
+    sync = options.build(SyncContext(link=between, steps=STEPS, servers=addresses))
+    sync.start(replica)
+    goal = objective()
+    schedule = Accumulate(model, goal, seed=0, device=CPU)
+    losses = []
+    for step in range(1, STEPS + 1):
+        if member.index == 0 and step in kills:
+            for pid in [children(keeper)[i] for i in kills[step]]:
+                os.kill(pid, signal.SIGKILL)
+        rows = share(step, 7, member.index, member.size, 4)
+        batches = [goal.batch(micro, seed=0, step=step) for micro in rows]
+        losses.append(train_step(replica, sync, schedule, batches, step=step, stop=False).loss)
+    return {"losses": losses, "weights": {shard.name: shard.local.clone() for shard in replica.shards}}
+
+
+def test_a_run_whose_servers_are_killed_goes_on_with_the_same_result(pool, tmp_path):
+    """kill -9: the one with the coordinator, another, then both."""
+    results = []
+    for kills in ({}, {2: [0], 3: [1], 4: [0, 1]}):
+        with processes(2, Path(tmp_path) / str(len(kills))) as (keeper, addresses):
+            results.append(pool.run(with_servers, 2, addresses, keeper, kills))
+    for one, other in zip(*results, strict=True):
+        assert one["losses"] == other["losses"]
+        assert all(torch.equal(one["weights"][name], other["weights"][name]) for name in one["weights"])
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"optimizer": {"name": "muon"}}, "a server has pieces of tensors"),
+        (
+            {"optimizer": {"name": "schedule_free_adamw"}, "schedule": {"name": "constant"}},
+            "averages weights between steps",
+        ),
+        ({"precision": "fp16"}, "precision=fp16 is not built"),
+        ({"precision": "bf16_pure"}, "precision=bf16_pure is not built"),
+        ({"reduction": "bf16"}, "sums in fp32"),
+        ({"regularisation": {"l2": 0.1}}, "l2=0.1 with sync=parameter_server"),
+        ({"train": {"clip_value": 0.1}}, "clip_value=0.1 with sync=parameter_server"),
+    ],
+)
+def test_what_servers_cannot_do_is_refused(other, reason, tmp_path):
+    with pytest.raises(PlanError, match=reason):
+        plan_run(run({"name": "parameter_server"}, tmp_path, **other))
+
+
+def test_levels_and_options_that_do_not_belong_are_refused(tmp_path):
+    with pytest.raises(PlanError, match="one level of several"):
+        plan_run(run(["all_reduce", "parameter_server"], tmp_path, replicas=[2, 2]))
+    with pytest.raises(ConfigError, match="are for mode=async, got mode=stale"):
+        run({"name": "parameter_server", "mode": "stale", "scale_rate": True}, tmp_path)

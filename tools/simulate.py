@@ -1,0 +1,563 @@
+"""The parameter server's logic under thousands of made-up schedules, on one thread and without a clock or a socket.
+
+    python tools/simulate.py --schedules 20000
+    python tools/simulate.py --only 1234        # one of them, told message by message
+
+A schedule is a seed: it says which message arrives next, which is lost or arrives twice, who asks again, and when a
+worker, a shard or the coordinator dies and comes back. After every one all that a server promises is checked. The first
+that breaks a promise is made smaller (faults, workers, clocks are left out while it still breaks) and printed.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from paceline.sync.server import messages as m
+from paceline.sync.server.client import COORDINATOR, Client
+from paceline.sync.server.coordinator import Coordinator, Rules
+from paceline.sync.server.log import MemoryLog
+from paceline.sync.server.shard import Gradient, ServerShard
+
+SUPERVISOR = -1
+"""Who says that a worker is dead."""
+MOST_EVENTS = 20_000
+
+
+class BrokenPromise(Exception):
+    """What a server has done and must not."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One schedule."""
+
+    seed: int
+    rules: Rules
+    ranks: int
+    clocks: int
+    faults: int
+    """At most so many."""
+    log_records: int = 1_000_000
+    """After so many a server takes a snapshot of itself."""
+    muted: frozenset[int] = frozenset()
+    """Faults that are left out, by the order in which they would happen."""
+
+    @classmethod
+    def of(cls, seed: int) -> "Case":
+        """A case as various as its seed."""
+        draw = random.Random(seed)
+        mode: Any = draw.choice(["sync", "sync", "stale", "stale", "async"])
+        workers = draw.randint(1, 3)
+        return cls(
+            seed=seed,
+            rules=Rules(
+                workers=workers,
+                shards=draw.randint(1, 2),
+                mode=mode,
+                staleness=draw.randint(0, 2) if mode == "stale" else 0,
+                backups=draw.randint(0, workers - 1) if mode == "sync" else 0,
+                clip_norm=draw.choice([None, 1.0]),
+            ),
+            ranks=draw.randint(1, 2),
+            clocks=draw.randint(1, 3),
+            faults=draw.choice([0, 4, 8, 12]),
+            log_records=draw.choice([3, 8, 1_000_000, 1_000_000]),
+        )
+
+
+class CountingStore:
+    """Parameters that are the tuple of pushes they were made from."""
+
+    def __init__(self, shard: int, ranks: int, truth: dict[int, tuple[m.Push, ...]]) -> None:
+        self._shard, self._ranks, self._truth = shard, ranks, truth
+        self._value: tuple[m.Push, ...] = ()
+        self._gathered: tuple[m.Push, ...] = ()
+        self._version = 0
+
+    def gather(self, gradients: Sequence[Gradient]) -> float:
+        """All ranks' parts of each must be here, and be what was sent to this shard."""
+        pushes = []
+        for gradient in gradients:
+            (push,) = {part[0] for part in gradient.parts.values()}
+            whole = {rank: (push, self._shard, rank) for rank in range(self._ranks)}
+            _promise(dict(gradient.parts) == whole, f"shard {self._shard} has {gradient.parts} of {push}")
+            pushes.append(push)
+        self._gathered = tuple(pushes)
+        return float(len(pushes))
+
+    def step(self, rate: float, scale: float) -> None:
+        """Nothing twice, and each worker's in order."""
+        for push in self._gathered:
+            _promise(push not in self._value, f"shard {self._shard} applied {push} twice")
+            before = [other.number for other in self._value if other.worker == push.worker]
+            _promise(not before or before[-1] < push.number, f"shard {self._shard}: {push} after {before}")
+        self._value += self._gathered
+        self._version += 1
+        known = self._truth.setdefault(self._version, self._value)
+        _promise(known == self._value, f"version {self._version} is {known}, and {self._value} on shard {self._shard}")
+
+    def copy(self) -> tuple[m.Push, ...]:
+        """Tuples do not change."""
+        return self._value
+
+    def read(self, copy: Any, wanted: Any) -> Any:
+        """The tuple."""
+        return self._value if copy is None else copy
+
+    def save(self, copies: Mapping[int, Any]) -> Any:
+        """Everything."""
+        return self._value, self._version, dict(copies)
+
+    def load(self, saved: Any) -> Mapping[int, Any]:
+        """Everything."""
+        self._value, self._version, copies = saved
+        return dict(copies)
+
+
+@dataclass
+class _Asker:
+    """Who asks: a worker's program, or a shard that wants entries."""
+
+    program: Generator[list[tuple[int, m.Request]], list[m.Answer], None] | None = None
+    waiting: dict[int, tuple[int, m.Request]] = field(default_factory=dict)
+    """Requests without an answer yet, by their serial number."""
+    batch: list[int] = field(default_factory=list)
+    answers: dict[int, m.Answer] = field(default_factory=dict)
+
+
+class Simulation:
+    """One schedule at work. ``coordinator`` and ``shard`` make the logic that is tried."""
+
+    def __init__(
+        self,
+        case: Case,
+        *,
+        coordinator: Callable[..., Coordinator] = Coordinator,
+        shard: Callable[..., ServerShard] = ServerShard,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.case, self._say = case, say
+        self._make_coordinator, self._make_shard = coordinator, shard
+        self._draw = random.Random(case.seed ^ 0x5EED).random
+        rules = case.rules
+        self._network: list[tuple[Any, ...]] = []
+        self._serial = self.events = self.happened = 0
+        self._logs = [MemoryLog(case.log_records) for _ in range(rules.shards + 1)]
+        self._versions: dict[int, tuple[m.Push, ...]] = {}
+        self._servers: dict[int, Any] = {}
+        self._fetchers = {shard: _Asker() for shard in range(rules.shards)}
+        self._workers = {worker: _Asker() for worker in range(rules.workers)}
+        self._supervisor = _Asker()
+        self._lives = dict.fromkeys(range(rules.workers), 0)
+        self._finished: set[int] = set()
+        self._left: set[int] = set()
+        self._gone_for_good: set[int] = set()
+        self._absent: set[int] = set()
+        self._known = dict.fromkeys(range(rules.workers), 0)
+        """The life of each worker, and who is away, as the coordinator has heard."""
+        self._progress = dict.fromkeys(range(rules.workers), 0)
+        """By worker: the clock before which all its pushes are decided on."""
+        self._clock_of: dict[m.Push, int] = {}
+        """Of every push that was committed and kept."""
+        self._dropped: set[m.Push] = set()
+        self._required: dict[tuple[int, int], set[m.Push]] = {}
+        """By worker and entry of its pin: what it has to read."""
+        self.read_versions: list[int] = []
+
+    def run(self) -> None:
+        """Until every worker has finished or is gone; ``BrokenPromise`` if one is broken on the way."""
+        for server in (COORDINATOR, *self._fetchers):
+            self._start_server(server)
+        for worker in self._workers:
+            self._start_worker(worker)
+        while len(self._finished | self._left) < len(self._workers) or self._is_behind():
+            self.events += 1
+            if self.events == MOST_EVENTS:
+                raise BrokenPromise(f"nothing ends: {self._standing()}")
+            self._event()
+        self._check_end()
+
+    # What happens next.
+
+    def _event(self) -> None:
+        if self.happened < self.case.faults and self._draw() < 0.03:
+            self._kill()
+        if len(self._servers) <= len(self._fetchers) and self._draw() < 0.1:
+            down = [s for s in (COORDINATOR, *self._fetchers) if s not in self._servers]
+            self._start_server(self._pick(down))
+        gone = [
+            w
+            for w, asker in self._workers.items()
+            if asker.program is None and w not in self._finished and w not in self._gone_for_good
+        ]
+        if gone and self._draw() < 0.1:
+            self._replace(self._pick(gone))
+        if self._network and self._draw() < 0.97:
+            self._deliver()
+        else:
+            self._ask_again()
+
+    def _deliver(self) -> None:
+        network = self._network
+        at = int(self._draw() * len(network))
+        message = network[at]
+        network[at] = network[-1]
+        network.pop()
+        luck = self._draw()
+        if luck < 0.06 and self._fault("lost", message):
+            return
+        if luck > 0.94 and self._fault("twice", message):
+            network.append(message)
+        if message[0] == "ask":
+            _, server, asker, serial, request = message
+            if server in self._servers:
+                self._tell(asker, "->", "coordinator" if server == COORDINATOR else f"shard {server}", request)
+                self._send(self._handle(server, (asker, serial), request))
+        else:
+            _, asker, serial, answer = message
+            self._receive(asker, serial, answer)
+
+    def _ask_again(self) -> None:
+        askers = [("worker", w) for w in self._workers] + [("shard", s) for s in self._fetchers] + [("supervisor", 0)]
+        waiting = [(asker, serial) for asker in askers for serial in self._asker(asker).waiting]
+        if waiting:
+            asker, serial = self._pick(waiting)
+            server, request = self._asker(asker).waiting[serial]
+            self._network.append(("ask", server, asker, serial, request))
+
+    def _kill(self) -> None:
+        servers = [("server", s) for s in self._servers]
+        workers = [("worker", w) for w in self._workers if self._workers[w].program and w not in self._finished]
+        if not servers + workers:
+            return
+        kind, who = self._pick(servers + workers)
+        if not self._fault("killed", kind, who):
+            return
+        if kind == "server":
+            del self._servers[who]
+            if who != COORDINATOR:
+                self._fetchers[who] = _Asker()
+        else:
+            self._workers[who] = _Asker()
+
+    def _replace(self, worker: int) -> None:
+        """Start a dead worker again, or say that it is dead, which may come first."""
+        if worker not in self._left and self._draw() < 0.4 and not self._supervisor.waiting:
+            self._ask(("supervisor", 0), [(COORDINATOR, m.Leave(worker, self._lives[worker]))])
+        elif worker not in self._left or self._draw() < 0.3:
+            self._start_worker(worker)
+        else:
+            self._gone_for_good.add(worker)
+
+    # Who is there.
+
+    def _start_server(self, server: int) -> None:
+        self._tell("start server", server)
+        if server == COORDINATOR:
+            self._servers[server] = self._make_coordinator(self.case.rules, self._logs[-1])
+            return
+        store = CountingStore(server, self.case.ranks, self._versions)
+        shard = self._make_shard(server, store, self._logs[server])
+        self._servers[server] = shard
+        self._fetchers[server] = _Asker()
+        self._ask(("shard", server), [(COORDINATOR, shard.next_fetch())])
+
+    def _start_worker(self, worker: int) -> None:
+        self._lives[worker] += 1
+        self._left.discard(worker)
+        self._tell("start worker", worker, "life", self._lives[worker])
+        asker = self._workers[worker] = _Asker()
+        asker.program = self._program(worker, self._lives[worker])
+        self._ask(("worker", worker), next(asker.program))
+
+    def _program(self, worker: int, life: int) -> Generator[Any, Any, None]:
+        """A replica of some ranks: what the strategy does, in small."""
+        rules, clocks = self.case.rules, self.case.clocks
+        staleness = None if rules.mode == "async" else rules.staleness
+        ranks = [
+            Client(worker, life, rank, shards=rules.shards, staleness=staleness) for rank in range(self.case.ranks)
+        ]
+        leader = ranks[0]
+        joined = yield from leader.join()
+        number, clock = joined.number, joined.clock
+        while True:
+            granted = yield from leader.turn(clock, meet=clock >= clocks)
+            if granted.clock == clocks > clock:  # others did not wait: this worker is at the end too
+                granted = yield from leader.turn(clocks, meet=True)
+            clock = granted.clock
+            parts = yield from _together([rank.pull(granted, [None] * rules.shards) for rank in ranks])
+            self._check_read(worker, granted, [content for rank in parts for content in rank])
+            if clock >= clocks:
+                break
+            number += 1
+            push = m.Push(worker, life, number)
+            yield from _together(
+                [rank.stage(number, [(push, shard, rank.rank) for shard in range(rules.shards)]) for rank in ranks]
+            )
+            committed = yield from leader.commit(number, clock=clock, targets=1.0 + worker, rate=1.0)
+            _promise(committed.number == number, f"worker {worker} was told of push {committed.number}, not {number}")
+            clock += 1
+        yield from leader.leave()
+        self._finished.add(worker)
+
+    # Messages.
+
+    def _asker(self, who: tuple[str, int]) -> _Asker:
+        kind, number = who
+        return (
+            self._supervisor
+            if kind == "supervisor"
+            else (self._workers if kind == "worker" else self._fetchers)[number]
+        )
+
+    def _ask(self, who: tuple[str, int], requests: Sequence[tuple[int, m.Request]]) -> None:
+        asker = self._asker(who)
+        asker.batch, asker.answers = [], {}
+        for server, request in requests:
+            self._serial += 1
+            asker.batch.append(self._serial)
+            asker.waiting[self._serial] = (server, request)
+            self._network.append(("ask", server, who, self._serial, request))
+
+    def _send(self, out: Sequence[tuple[Any, m.Answer]]) -> None:
+        for to, answer in out:
+            if to is not None:
+                self._network.append(("answer", *to, answer))
+
+    def _receive(self, who: tuple[str, int], serial: int, answer: m.Answer) -> None:
+        asker = self._asker(who)
+        if serial not in asker.waiting:
+            return
+        self._tell(who, "<-", answer)
+        del asker.waiting[serial]
+        asker.answers[serial] = answer
+        if asker.waiting:
+            return
+        if who[0] == "shard":
+            shard = self._servers[who[1]]
+            assert isinstance(answer, m.Entries)
+            self._send(shard.follow(answer))
+            self._ask(who, [(COORDINATOR, shard.next_fetch())])
+        elif asker.program is not None:
+            try:
+                self._ask(who, asker.program.send([asker.answers[s] for s in asker.batch]))
+            except StopIteration:
+                asker.program = None
+
+    def _handle(self, server: int, to: Any, request: m.Request) -> Sequence[tuple[Any, m.Answer]]:
+        if server != COORDINATOR:
+            out: Sequence[tuple[Any, m.Answer]] = self._servers[server].handle(to, request)
+            return out
+        coordinator = self._servers[server]
+        answers = coordinator.handle(to, request)
+        self._note(to, request, answers)
+        return answers  # type: ignore[no-any-return]
+
+    # Promises.
+
+    def _note(self, to: Any, request: m.Request, answers: Sequence[tuple[Any, m.Answer]]) -> None:
+        """What each answer of the coordinator means for the promises."""
+        own = [answer for asker, answer in answers if asker == to]
+        if isinstance(request, m.Leave) and request.life == self._lives[request.worker]:
+            self._left.add(request.worker)
+        if isinstance(request, m.Leave) and request.life >= self._known[request.worker]:
+            self._absent.add(request.worker)
+            self._known[request.worker] = request.life
+        if isinstance(request, m.Commit) and any(isinstance(answer, m.Committed) for answer in own):
+            (committed,) = [answer for answer in own if isinstance(answer, m.Committed)]
+            worker, known = request.push.worker, request.push in self._clock_of or request.push in self._dropped
+            if committed.kept and not known:
+                self._clock_of[request.push] = request.clock
+            elif not committed.kept and not known:
+                self._dropped.add(request.push)
+            self._progress[worker] = max(self._progress[worker], request.clock + 1)
+        if isinstance(request, m.Join):
+            for answer in own:
+                if isinstance(answer, m.Joined):
+                    if request.life > self._known[request.worker]:
+                        self._absent.discard(request.worker)
+                        self._known[request.worker] = request.life
+                    self._progress[request.worker] = max(self._progress[request.worker], answer.clock)
+        for asker, answer in answers:
+            if isinstance(answer, m.Granted) and asker is not None:
+                self._note_granted(asker[0][1], answer)
+
+    def _note_granted(self, worker: int, granted: m.Granted) -> None:
+        if (worker, granted.entry) in self._required:
+            return
+        rules = self.case.rules
+        clock, bound = granted.clock, rules.staleness
+        self._progress[worker] = max(self._progress[worker], clock)
+        alive = [w for w in self._workers if w not in self._absent]
+        if rules.mode == "stale":
+            slow = {w: self._progress[w] for w in alive if self._progress[w] < clock - bound}
+            _promise(not slow, f"worker {worker} began clock {clock} with s={bound} while {slow}")
+        if rules.mode == "sync":
+            ready = [w for w in alive if self._progress[w] >= clock]
+            _promise(len(ready) >= len(alive) - rules.backups, f"clock {clock} began with {ready} of {alive}")
+        reads = {
+            push
+            for push, of in self._clock_of.items()
+            if rules.mode == "async" or of <= clock - bound - 1 or push.worker == worker
+        }
+        self._required[worker, granted.entry] = reads
+
+    def _check_read(self, worker: int, granted: m.Granted, contents: Sequence[tuple[m.Push, ...]]) -> None:
+        content = contents[0]
+        _promise(all(other == content for other in contents), f"worker {worker} read two versions: {contents}")
+        _promise(content == self._versions.get(granted.version, ()), f"version {granted.version} is {content} here")
+        missing = self._required.get((worker, granted.entry), set()) - set(content)
+        _promise(not missing, f"worker {worker} began clock {granted.clock} without {missing}")
+        self.read_versions.append(granted.version)
+
+    def _is_behind(self) -> bool:
+        """Whether a server is down, or does not know all yet."""
+        coordinator = self._servers.get(COORDINATOR)
+        return coordinator is None or any(
+            shard is None or shard.index < coordinator.last or shard.next_fetch().measured is not None
+            for shard in map(self._servers.get, self._fetchers)
+        )
+
+    def _check_end(self) -> None:
+        rules = self.case.rules
+        contents = [self._servers[shard].store.read(None, None) for shard in self._fetchers]
+        content = contents[0]
+        _promise(all(other == content for other in contents), f"shards end with {contents}")
+        for shard in (self._servers[number] for number in self._fetchers):
+            decided = [push for push in shard._staged if push.number <= shard._done.get(push.worker, 0)]
+            _promise(not decided, f"shard {shard.number} keeps {decided}, which were decided on")
+        pending = self._servers[COORDINATOR].snapshot()["pending"]
+        kept = set(self._clock_of) - {m.read(commit).push for commit in pending}
+        _promise(set(content) == kept, f"applied {set(content) - kept} too much, {kept - set(content)} too little")
+        _promise(not self._dropped & set(content), f"{self._dropped & set(content)} was dropped and applied")
+        if rules.mode == "sync":
+            for version in sorted(self._versions):
+                before = self._versions.get(version - 1)
+                if before is not None:
+                    clocks = {self._clock_of[push] for push in self._versions[version][len(before) :]}
+                    _promise(len(clocks) <= 1, f"version {version} mixes clocks {clocks}")
+        if rules.mode == "sync" and not self.happened:
+            least = self.case.clocks * (rules.workers - rules.backups)
+            most = self.case.clocks * rules.workers
+            _promise(least <= len(content) <= most, f"applied {len(content)} pushes, not {least} to {most}")
+
+    # Chance, and words.
+
+    def _fault(self, *what: Any) -> bool:
+        if self.happened >= self.case.faults:
+            return False
+        self.happened += 1
+        if self.happened in self.case.muted:
+            return False
+        self._tell("fault", self.happened, *what)
+        return True
+
+    def _pick(self, among: Sequence[Any]) -> Any:
+        return among[int(self._draw() * len(among))]
+
+    def _tell(self, *what: Any) -> None:
+        if self._say is not None:
+            self._say(" ".join(map(str, what)))
+
+    def _standing(self) -> str:
+        waits = {worker: list(asker.waiting.values()) for worker, asker in self._workers.items()}
+        return f"finished {self._finished}, left {self._left}, waiting {waits}, in flight {len(self._network)}"
+
+
+def _together(exchanges: Sequence[Generator[Any, Any, Any]]) -> Generator[Any, Any, list[Any]]:
+    """Exchanges of one round trip each, at the same time."""
+    asked = [next(exchange) for exchange in exchanges]
+    answers = iter((yield [request for batch in asked for request in batch]))
+    results = []
+    for exchange, batch in zip(exchanges, asked, strict=True):
+        try:
+            exchange.send([next(answers) for _ in batch])
+        except StopIteration as stop:
+            results.append(stop.value)
+    return results
+
+
+def _promise(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise BrokenPromise(otherwise)
+
+
+def broken(case: Case, **logic: Any) -> str | None:
+    """What goes wrong in a schedule, if anything does."""
+    try:
+        Simulation(case, **logic).run()
+    except (BrokenPromise, AssertionError, LookupError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def shrunk(case: Case, **logic: Any) -> Case:
+    """The same break with as few faults, workers, ranks and clocks as leaving them out one by one gives."""
+    smaller = True
+    while smaller:
+        smaller = False
+        for simpler in _simpler(case):
+            if broken(simpler, **logic):
+                case, smaller = simpler, True
+                break
+    return case
+
+
+def _simpler(case: Case) -> Generator[Case, None, None]:
+    rules = case.rules
+    if case.clocks > 1:
+        yield replace(case, clocks=case.clocks - 1)
+    if case.ranks > 1:
+        yield replace(case, ranks=1)
+    if rules.shards > 1:
+        yield replace(case, rules=replace(rules, shards=1))
+    if rules.workers > max(1, rules.backups + 1):
+        yield replace(case, rules=replace(rules, workers=rules.workers - 1))
+    if case.faults > 0:
+        yield replace(case, faults=case.faults - 1, muted=case.muted - {case.faults})
+    for fault in range(1, case.faults):
+        if fault not in case.muted:
+            yield replace(case, muted=case.muted | {fault})
+
+
+def told(case: Case, **logic: Any) -> str:
+    """A schedule, message by message, and what goes wrong in it."""
+    lines: list[str] = []
+    what = broken(case, say=lines.append, **logic)
+    return "\n".join([str(case), *lines, what or "all promises are kept"])
+
+
+def main() -> int:
+    """Try schedules until one breaks a promise; its number is the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schedules", type=int, default=20_000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--only", type=int)
+    options = parser.parse_args()
+    if options.only is not None:
+        print(told(Case.of(options.only)))
+        return 0
+    start, events, faults = time.perf_counter(), 0, 0
+    for seed in range(options.first, options.first + options.schedules):
+        simulation = Simulation(Case.of(seed))
+        try:
+            simulation.run()
+        except (BrokenPromise, AssertionError, LookupError):
+            print(told(shrunk(Case.of(seed))))
+            print(f"schedule {seed} breaks a promise; the whole of it: python tools/simulate.py --only {seed}")
+            return 1
+        events += simulation.events
+        faults += simulation.happened
+    seconds = time.perf_counter() - start
+    print(
+        f"{options.schedules:,} schedules, {events:,} events, {faults:,} faults in {seconds:.1f} s: all promises kept"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
