@@ -100,7 +100,7 @@ def test_pairs_are_drawn_from_seed_and_round(replicas):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-LAYOUTS = {"plain": {}, "shard": {"shard": 2}, "tensor": {"tensor": 2}}
+LAYOUTS = {"plain": {}, "tensor": {"tensor": 2}}
 GOSSIP = {"name": "gossip", "every": 2, "lr": 0.6, "momentum": 0.7}
 DILOCO = {"name": "diloco", "every": 2, "outer": {"lr": 0.6, "momentum": 0.7, "nesterov": False}}
 
