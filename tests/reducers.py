@@ -12,7 +12,7 @@ from paceline.config import choose
 from paceline.registry import REDUCERS
 from paceline.sync.base import SyncContext
 
-BLOCK = 256
+BLOCK, HALF = 256, 0.5 + 2.0**-12
 SHAPES = {"table": (67, 16), "matrix": (24, 33), "vector": (300,), "scale": (5,), "number": ()}
 """None of them whole blocks; one of fewer values than there are members."""
 
@@ -77,7 +77,7 @@ def fp16(x):
 
 def int8(x):
     scale = np.abs(x).max() / 127
-    return np.floor(x / scale + 0.5) * scale if scale > 0 else x
+    return np.floor(x / scale + 1 - HALF) * scale if scale > 0 else x
 
 
 def to_nearest(levels):
@@ -85,8 +85,9 @@ def to_nearest(levels):
         scale = np.abs(x).max()
         if scale == 0:
             return x
-        gaps = np.abs(np.abs(x)[:, None] / scale - np.array(levels))
-        return np.sign(x) * np.array(levels)[gaps.argmin(1)] * scale
+        steps = np.diff(levels)
+        code = (np.abs(x)[:, None] / scale > np.array(levels)[:-1] + HALF * steps).sum(1)
+        return np.sign(x) * np.array(levels)[code] * scale
 
     return encode
 
@@ -99,7 +100,8 @@ CODES = {
     "bf16": bf16,
     "fp16": fp16,
     "int8": int8,
-    "int4": to_nearest([0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]),
+    "int4": to_nearest([k / 7 for k in range(8)]),
+    "e3m0": to_nearest([0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]),
     "sign": sign,
 }
 """What becomes of a block where values are rounded to the nearest."""

@@ -92,6 +92,9 @@ second run, by its updates on equal gradients. [What it does](../guides/layouts.
   and more, and for `muon` embeddings and heads, are AdamW's.
 - `muon` makes matrices of one shape orthogonal together, in bf16. A small one that is alone rounds otherwise in the
   last bit, and with other owners others are alone. In fp64 that is not seen.
+- `onebit_adam` is AdamW as long as sums of gradients are exact. With `sync: {name: all_reduce, reducer: sign,
+  exact_steps: 2000}` it has its average summed in place of the gradient after that many steps, and leaves its average
+  square as it is. [Reducers](reducers.md)
 - `ftrl` starts at the model's weights, where the publication starts at zero, and takes the rate of each step as it
   is. Its `weight_decay` is lambda 2.
 - [Why so few of these come from a library](../design/0007-optimizers.md)

@@ -13,8 +13,10 @@ from paceline.registry import REDUCERS
 from paceline.sync.reducers.base import ReducerConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "reducers.md"
-MATRIX = {"model.layers.0.mlp.up_proj.weight": (4096, 1024)}
+SHAPE = (4096, 1024)
+MATRIX = {"model.layers.0.mlp.up_proj.weight": SHAPE}
 MEMBERS = (2, 8, 64)
+SAID = ", ".join(map(str, MEMBERS[:-1])) + f" or {MEMBERS[-1]}"
 
 HEAD = f"""\
 # Reducers
@@ -25,10 +27,9 @@ reference](config.md#sync).
 A reducer says how tensors of several replicas are added up on the way: gradients (`sync: {{name: all_reduce, reducer:
 int8}}`), or what replicas that learned alone have moved by (`sync: {{name: diloco, reducer: int4}}`).
 
-`sent` is what each of {", ".join(map(str, MEMBERS[:-1]))} or {MEMBERS[-1]} members sends in one sum, in bytes for each
-fp32 value of a matrix of {" x ".join(f"{size:,}" for size in MATRIX["model.layers.0.mlp.up_proj.weight"])}, with the
-options it has by default. `kept` is what stays from one sum to the next. `feedback` says whether what is left out is
-kept and sent the next time, by default.
+`sent` is what each of {SAID} members sends in one sum, in bytes for each fp32 value of a matrix of
+{" x ".join(f"{size:,}" for size in SHAPE)}, with the options it has by default. `kept` is what stays from one sum to
+the next, for each value. `feedback` says whether what is left out is kept and sent the next time, by default.
 
 """
 TAIL = """\
@@ -46,19 +47,21 @@ TAIL = """\
 - **What is drawn** follows from the seed, the step, the name, the place and the member, so a second run gives the same.
 - **Error feedback.** `error_feedback: true` keeps, in each replica, what encoding left out, and adds it to what is sent
   the next time. Owners keep what the second encoding left out. Nothing is lost: what was put in is what came out plus
-  what is kept. It is part of a checkpoint, loads under another layout, and with another number of replicas its sum
-  stays.
+  what is kept, unless a `decay` below 1 forgets some of it. It is part of a checkpoint, loads under another layout, and
+  with another number of replicas its sum stays.
 - **A step that is not taken**, because a gradient overflowed in some replica, leaves all of it as it was.
+- **`reduction`** says in what gradients are summed inside a replica; between replicas the reducer does.
 - **One replica** sends nothing, and nothing is encoded.
 
 ## Which to take
 
 - `bf16` or `fp16` where half the bytes are enough. `fp16` has a power of two for each block, so that nothing overflows.
 - `int8` for differences (`diloco`, `local_sgd`): unbiased, and nothing is kept.
-- `int4` for differences on slow links. `format: e3m0` is that of Streaming DiLoCo, powers of two; `linear` has equal
-  steps.
+- `int4` for differences on slow links. It has equal steps; `format: e3m0` has powers of two, as Streaming DiLoCo, and
+  leaves out twice as much where 256 values have a scale ([log](../log.md)).
 - `sign`, `topk`, `randomk` and `powersgd` for gradients in every step, where links are slow and plain SGD or momentum
-  is what learns. AdamW divides by a mean square that then sees the noise of the encoding: try it before you rely on it.
+  is what learns. AdamW divides by a mean square that then sees the noise of the encoding: try it before you rely on it,
+  or take `onebit_adam`, with `exact_steps` of 15 to 25 % of the run, whose mean square stays.
 - `dct_topk` is how DeMo sends momentum. DeMo is `sync: {name: all_reduce, reducer: dct_topk}` with `optimizer: {name:
   lion, betas: [0, 0]}`, which goes by the sign of what arrives. Two small differences stand in the class's file.
 - `topk` and `dct_topk` send to all, so their bytes grow with the members; `randomk` does not, and sends no places.
@@ -99,7 +102,7 @@ def render() -> str:
 
 def per_value(options: ReducerConfig, members: int) -> float:
     """Bytes that a member sends for each value of a matrix."""
-    return options.wire_bytes(MATRIX, members) / sum(math.prod(shape) for shape in MATRIX.values())
+    return options.wire_bytes(MATRIX, members) / math.prod(SHAPE)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_without_loss_it_is_adam_whose_square_stays(pool):
 
 
 def parsed(sync, **other):
-    tree = {"model": {"preset": "demo"}, "data": {"source": "x"}, "optimizer": "onebit_adam", "sync": sync}
+    tree = {"model": {"preset": "llama-1m"}, "data": {"source": "x"}, "optimizer": "onebit_adam", "sync": sync}
     train = {"steps": 40, "output": "y", "clip_norm": None}
     return Config.parse({**tree, "train": train, "replicas": 2, **other})
 

@@ -73,7 +73,8 @@ def test_tensors_of_any_size_are_summed_once(name, pool):
 def test_encodings_of_every_value_are_what_they_are_defined_to_be(name, members, pool):
     inputs, shares = random_inputs(3, members, seed=2), [0.5, 0.2, 0.3][:members]
     expected, left = coded_sums(CODES[name], inputs, shares)
-    told = pool.run(exchange, members, {"name": name, "error_feedback": True}, inputs, shares)
+    reducer = {"name": name} if name in REDUCERS else {"name": "int4", "format": name}
+    told = pool.run(exchange, members, {**reducer, "error_feedback": True}, inputs, shares)
     for one, other in zip(told[0]["sums"], expected, strict=True):
         assert all(close(one[key], other[key]) for key in SHAPES)
     for own, kept in zip(told, left, strict=True):

@@ -131,3 +131,24 @@ def test_levels_each_with_a_reducer(pool, tmp_path):
         assert all(distance(one.weights[0], weights) == 0.0 for weights in one.weights)
         keys = {slot.rpartition("/")[2] for slot in one.states[0] if slot.endswith("residual")}
         assert keys == {"inner.residual", "outer.residual"}
+
+
+def test_1_bit_adam_under_another_layout_and_resumed(pool, tmp_path):
+    """Stopped when its averages are already summed in place of gradients, and gone on by shards."""
+
+    def run(folder, layout):
+        return config(
+            {"name": "all_reduce", "reducer": "sign", "exact_steps": 2},
+            folder=str(tmp_path / folder),
+            replicas=2,
+            layout=LAYOUTS[layout],
+            optimizer={"name": "onebit_adam", "lr": 0.01},
+            train={"steps": 6},
+        )
+
+    (whole,) = run_all(pool, [run("whole", "plain")])
+    run_all(pool, [run("cut", "plain")], until=4)
+    (after,) = run_all(pool, [run("cut", "shard")])
+    for one, other in zip(whole.states, after.states, strict=True):
+        assert distance(one, other) < 1e-6  # steps are divided by the gradient's own size
+    assert distance(whole.weights[0], whole.weights[1]) == 0.0

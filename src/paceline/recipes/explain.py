@@ -160,12 +160,18 @@ class Plan:
 
     def _syncs(self) -> list[str]:
         """A line for each level, innermost first."""
-        levels = zip(self.config.syncs, self.config.group_sizes, self.wire_bytes, strict=True)
+        syncs: Any = self.config.syncs
+        levels = zip(syncs, self.config.group_sizes, self.wire_bytes, strict=True)
         things = ["replica(s)", *["group(s)"] * (len(self.wire_bytes) - 1)]
         return [
+<<<<<<< ours
             f"sync       {strategy_name(sync)} over {size} {thing}, {_bytes(sent)} sent by each rank a step"
             + ("" if sync.keeps_equal else ", on average")  # type: ignore[attr-defined]
             + (" and at most" if getattr(sync, "sends_less", False) else "")
+=======
+            f"sync       {_named(sync)} over {size} {thing}, {_bytes(sent)} sent by each rank a step"
+            + (", on average" if not sync.keeps_equal or getattr(sync, "exact_steps", False) else "")
+>>>>>>> theirs
             for (sync, size, sent), thing in zip(levels, things, strict=True)
         ]
 
@@ -199,6 +205,13 @@ class Plan:
         writes = "; writes metrics, checkpoints and the export" if rank == 0 else own
         of = "sequences of each client" if in_rounds else "sequences"
         return f"replica {replica}, {part}, {share} of {batch.sequences} {of}{writes}"
+
+
+def _named(sync: Any) -> str:
+    """A strategy, with its reducer if that leaves something out."""
+    reducer: Any = getattr(sync, "reducer", None)
+    name = strategy_name(sync)
+    return name if reducer is None or reducer.is_exact else f"{name} by {strategy_name(reducer)}"
 
 
 def explain(config: Config) -> Plan:

@@ -196,7 +196,9 @@ class Case:
 
 def _often(sync: Options) -> Options:
     """The strategy with small buckets, and with all it does in the steps before a checkpoint and after it."""
-    most = {"bucket_mib": BUCKET_MIB, "every": 3, "start": 4}
+    most = {"bucket_mib": BUCKET_MIB, "every": 3, "start": 4, "exact_steps": 2}
+    if not getattr(sync, "is_exact", True):
+        del most["bucket_mib"]  # there are none
     return sync.model_copy(update={key: min(getattr(sync, key), n) for key, n in most.items() if hasattr(sync, key)})
 
 

@@ -27,6 +27,10 @@ from paceline.sync.reducers.blocks import BlockReducer
 BLOCK = 256
 """Values of a full tensor, in row-major order, that are encoded together."""
 
+HALF = 0.5 + 2.0**-12
+"""Where a value between two codes becomes the upper one. Sums of codes lie just halfway more often than by chance,
+where a last bit, which the layout may change, would decide."""
+
 Draw = Callable[[], Tensor]
 """Makes numbers in [0, 1), fp32 (N, BLOCK): a value is rounded up or down by chance. None: to the nearest."""
 

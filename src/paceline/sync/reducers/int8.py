@@ -2,7 +2,7 @@
 
     s = greatest |x| of the block / 127;   q = floor(x / s + u), u in [0, 1) by chance: the mean of s q is x
 
-With error feedback u is 1/2, for what is left out is sent the next time anyway.
+With error feedback u is about 1/2, for what is left out is sent the next time anyway.
 """
 
 from typing import ClassVar
@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from paceline.sync.reducers.coded import BLOCK, Code, CodedOptions, Draw
+from paceline.sync.reducers.coded import BLOCK, HALF, Code, CodedOptions, Draw
 from paceline.sync.reducers.packing import as_bytes, from_bytes
 
 _MOST = 127
@@ -23,7 +23,7 @@ class _Int8Code:
     def encode(self, blocks: Tensor, lengths: Tensor, draw: Draw | None) -> Tensor:
         scale = blocks.abs().amax(1, keepdim=True) / _MOST
         codes = blocks / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-        codes = (codes + (0.5 if draw is None else draw())).floor_().clamp_(-_MOST, _MOST)
+        codes = (codes + (1 - HALF if draw is None else draw())).floor_().clamp_(-_MOST, _MOST)
         return torch.cat([as_bytes(codes.nan_to_num_(0.0).to(torch.int8)), as_bytes(scale)], 1)
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
