@@ -15,7 +15,7 @@ from paceline.errors import ConfigError, MissingExtraError, PlanError
 from paceline.plan.run import plan_run
 from paceline.sync.normal import add_normal
 from paceline.sync.privacy import AdaptiveClip, PrivacyOptions
-from paceline.train.clients import check_extras
+from paceline.train.clients import check_extras, privacy_words
 from paceline.verify.double import in_double
 from tolerances import FP64_EQUAL
 
@@ -129,6 +129,15 @@ def test_the_count_and_the_updates_share_the_noise():
 def test_what_the_account_would_not_cover_is_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         federated(**{**PRIVATE, **options})
+
+
+def test_what_it_cost_is_told_for_the_rounds_and_clients_of_the_run(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("paceline.train.clients.epsilon", lambda options, **numbers: asked.update(numbers) or 1.25)
+    words = privacy_words(federated(**PRIVATE), 40, 7)
+    assert words.startswith("epsilon 1.25 at delta 1e-05 after 7 rounds of 3 of 40 clients")
+    assert asked == {"rounds": 7, "cohort": 3, "clients": 40}
+    assert privacy_words(federated(), 40, 7) is None
 
 
 def test_early_stopping_and_a_missing_account_are_refused(monkeypatch):

@@ -16,7 +16,6 @@ from paceline.comm.device import claim as claim_device
 from paceline.comm.ranks import Coordinates
 from paceline.comm.world import Rendezvous, World, join
 from paceline.config import Config
-from paceline.data.client_loader import ClientLoader
 from paceline.errors import ConfigError
 from paceline.export import hugging_face
 from paceline.launch import torchrun
@@ -25,9 +24,12 @@ from paceline.plan.layout import Grid
 from paceline.plan.run import plan_run
 from paceline.recipes import folder as run_folder
 from paceline.recipes.prepare import prepare_in_child
+<<<<<<< ours
 from paceline.sync.privacy import epsilon
 from paceline.sync.server.keep import ServerProcesses
 from paceline.sync.server.serve import Durability
+=======
+>>>>>>> theirs
 from paceline.track import RunInfo, Tracker
 from paceline.track.report import write_report
 from paceline.track.terminal import display
@@ -266,22 +268,6 @@ def _leave_results(loop: Loop) -> None:
                 f"training; load PreTrainedTokenizerFast.from_pretrained({str(output / 'export')!r}) instead"
             )
             loop.trackers.event("warning", text, step=loop.step)
-    if words := privacy_words(loop):
-        loop.trackers.event("privacy", words, step=loop.step)
     if loop.is_done:
         loop.trackers.event("done", f"{loop.step} steps", step=loop.step)
     write_report(output)
-
-
-def privacy_words(loop: Loop) -> str | None:
-    """What a federated run has cost its clients so far, where it promises privacy."""
-    sync: Any = loop.parts.config.syncs[-1]
-    loader = loop.parts.loader
-    if not isinstance(loader, ClientLoader) or sync.privacy is None:
-        return None
-    cohort, clients, delta = sync.clients_per_round, loader.clients, sync.privacy.delta
-    spent = epsilon(sync.privacy, rounds=loop.step, cohort=cohort, clients=clients)
-    return (
-        f"epsilon {spent:.3g} at delta {delta:g} after {loop.step} rounds of {cohort} of {clients} clients, one client "
-        "replaced by another; of the weights, not of the losses that are shown"
-    )

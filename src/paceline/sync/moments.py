@@ -64,7 +64,8 @@ class ClientMoments:
             }
         for name, tensor in own.items():
             sent = tensor.to(self._device).contiguous().view(-1)
-            self._link.broadcast(sent, root).wait()
+            if len(sent):
+                self._link.broadcast(sent, root).wait()
             own[name] = sent.view(tensor.shape).to(tensor.device)
         return own
 

@@ -14,7 +14,7 @@ from paceline.data.rounds import Rounds
 from paceline.data.rows import Ints, Rows
 from paceline.errors import PlanError
 from paceline.plan.batch import BatchPlan
-from paceline.sync.privacy import check_accounting
+from paceline.sync.privacy import check_accounting, epsilon
 from paceline.sync.secure.primitives import primitives
 
 
@@ -64,3 +64,15 @@ def identity(config: Config, clients: Clients | None) -> str | None:
     sync: Any = config.syncs[-1]
     words = [clients.fingerprint, sync.rules(config.batch.sequences), sync.moments, sync.privacy or ""]
     return " ".join(map(str, words))
+
+
+def privacy_words(config: Config, clients: int, rounds: int) -> str | None:
+    """What so many rounds have cost ``clients`` in all, where the run promises privacy."""
+    sync: Any = config.syncs[-1]
+    if sync.privacy is None:
+        return None
+    spent = epsilon(sync.privacy, rounds=rounds, cohort=sync.clients_per_round, clients=clients)
+    return (
+        f"epsilon {spent:.3g} at delta {sync.privacy.delta:g} after {rounds} rounds of {sync.clients_per_round} of "
+        f"{clients} clients, one client replaced by another; of the weights, not of the losses that are shown"
+    )

@@ -28,6 +28,7 @@ from paceline.track import Trackers
 from paceline.train import state
 from paceline.train.assemble import Parts
 from paceline.train.average import over_replicas
+from paceline.train.clients import privacy_words
 from paceline.train.diagnose import locate
 from paceline.train.early_stop import EarlyStop
 from paceline.train.hooks import Hook, StepEvent
@@ -207,6 +208,10 @@ class Loop:
         average = parts.average.tensors
         tensors = state.tensors(parts.built.model, replica, parts.sync, parts.variant, average=average)
         parts.checkpointer.save(self.step, state.owned(tensors, replica), self._values())
+        if self.trackers and isinstance(parts.loader, ClientLoader):
+            words = privacy_words(parts.config, parts.loader.clients, self.step)
+            if words is not None:
+                self.trackers.event("privacy", words, step=self.step)
 
     def __enter__(self) -> Self:
         return self

@@ -155,7 +155,8 @@ class Collected:
             for place, update in enumerate(self._own):
                 own[place] = update.pop(name)
             everyone = like.new_empty(replicas, each, *like.shape)
-            self._link.all_gather(everyone, own).wait()
+            if own.numel():  # ranks that share a small tensor may hold nothing of it
+                self._link.all_gather(everyone, own).wait()
             together[name] = everyone.transpose(0, 1).reshape(replicas * each, *like.shape)[:n]
         self._own = []
         return self._rule.combine(Updates(together, self._replica))
