@@ -30,21 +30,18 @@ import socket
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import emulator
-import torch
 import yaml
-from emulator import INTERFACE, PORT, Forbidden, Side, Weather, address, sent_bytes, sides
+from emulator import INTERFACE, PORT, Forbidden, Side, Weather, address, sides
+from meter import PROBE_BYTES, Meter, Probe, probe
 
 from paceline.comm.device import claim
-from paceline.comm.link import Link
 from paceline.comm.ranks import Coordinates
 from paceline.comm.world import Rendezvous, join
 from paceline.config import Config, strategy_name
@@ -56,7 +53,6 @@ from paceline.recipes.prepare import prepare_in_child
 from paceline.sync.base import delays
 from paceline.sync.rows import PRESETS, ROWS
 from paceline.train.assemble import assemble, resolve_model
-from paceline.train.hooks import StepEvent
 from paceline.train.settle import settle
 from paceline.train.trainer import Loop
 from paceline.workers.process import Child, Line, told_error
@@ -74,7 +70,6 @@ MODEL: dict[str, Any] = {
 """1.6 M parameters, 6.4 MB of gradients, and so little to compute that the sleep decides how long a step takes."""
 SEQUENCES, SEQUENCE_TOKENS = 1, 32
 """Sequences a replica and step."""
-PROBE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +84,6 @@ class Conditions:
     steps: int
     warmup: int
     compute_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """What a link does before anything is trained."""
-
-    small_s: float
-    """An all-reduce of 4 bytes."""
-    bits_per_s: float
-    """What a rank sends in a large one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,71 +124,6 @@ def config(sync: Any, given: Conditions, output: str = "unused") -> Config:
     return settle(parsed, say=print)
 
 
-class Meter:
-    """A sync that takes the time it needs, and is otherwise the one it wraps; fills up the rest of each step."""
-
-    def __init__(self, sync: Any, compute_s: float) -> None:
-        self._sync, self._least_s = sync, compute_s
-        self._inside_s = 0.0
-        self._end = time.perf_counter()
-        self.steps: list[tuple[float, float, int]] = []
-        """Of each step: seconds in all, seconds outside of the sync, and bytes sent so far."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sync, name)
-
-    def begin(self, *arguments: Any) -> Any:
-        """See ``Sync``."""
-        with self.counted(1):
-            return self._sync.begin(*arguments)
-
-    def total(self, *arguments: Any) -> Any:
-        """See ``Sync``."""
-        with self.counted(1):
-            return self._sync.total(*arguments)
-
-    def reduce(self, *arguments: Any) -> Any:
-        """See ``Sync``."""
-        with self.counted(1):
-            return self._sync.reduce(*arguments)
-
-    def update(self, replica: Any) -> Any:
-        """See ``Sync``; what the replica does to finish its step is not the sync's."""
-        with self.counted(1):
-            return self._sync.update(_Finishing(replica, self))
-
-    def stepped(self, _: StepEvent) -> None:
-        """At the end of each step: sleep until its computation has taken long enough."""
-        outside = time.perf_counter() - self._end - self._inside_s
-        time.sleep(max(0.0, self._least_s - outside))
-        now = time.perf_counter()
-        self.steps.append((now - self._end, now - self._end - self._inside_s, sent_bytes()))
-        self._end, self._inside_s = now, 0.0
-
-    @contextmanager
-    def counted(self, sign: int) -> Iterator[None]:
-        """Time that is the sync's (1), or is not after all (-1)."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._inside_s += sign * (time.perf_counter() - start)
-
-
-class _Finishing:
-    """A replica whose own part of the step is not counted as the sync's."""
-
-    def __init__(self, replica: Any, meter: Meter) -> None:
-        self._replica, self._meter = replica, meter
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._replica, name)
-
-    def finish(self, vote: Any) -> Any:
-        with self._meter.counted(-1):
-            return self._replica.finish(vote)
-
-
 def train(line: Line, index: int, router: socket.socket, run: Config, given: Conditions) -> None:
     """One rank, which is one replica."""
     emulator.join(router, index, given.mtu)
@@ -223,21 +143,6 @@ def train(line: Line, index: int, router: socket.socket, run: Config, given: Con
         line.send("result", steps=meter.steps, loss=loss)
         line.receive()  # the store lives in rank 0, and has to outlive the others
     del store
-
-
-def probe(link: Link) -> Probe:
-    """How long exchanges take, after one that opens the connections."""
-    times: dict[int, float] = {}
-    for n_bytes, tries in ((4, 3), (PROBE_BYTES, 2)):
-        took = []
-        for _ in range(tries + 1):
-            tensor = torch.zeros(n_bytes // 4)
-            start = time.perf_counter()
-            link.all_reduce(tensor).wait()
-            took.append(time.perf_counter() - start)
-        times[n_bytes] = min(took[1:])
-    share = 2 * (link.size - 1) / link.size
-    return Probe(small_s=times[4], bits_per_s=8 * share * PROBE_BYTES / times[PROBE_BYTES])
 
 
 def route(line: Line, channels: Sequence[socket.socket], ends: Sequence[Side], weather: Weather) -> None:

@@ -85,8 +85,8 @@ class Clock:
 def test_time_in_the_sync_is_told_apart_and_the_rest_filled_up(wan, monkeypatch):
     """15 ms are the sync's. Of the rest there are 10 ms of the optimizer and 4 of the model, which are made 30."""
     clock = Clock()
-    monkeypatch.setattr(wan, "time", clock)
-    monkeypatch.setattr(wan, "sent_bytes", lambda: 7)
+    monkeypatch.setattr("meter.time", clock)
+    monkeypatch.setattr("meter.sent_bytes", lambda: 7)
     meter = wan.Meter(Counting(clock), 0.030)
     for _ in range(2):
         meter.begin()
