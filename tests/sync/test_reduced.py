@@ -108,7 +108,12 @@ def test_steps_that_overflow_leave_all_as_it_was(name, pool):
 
 
 def parsed(sync, **other):
-    tree = {"model": {"preset": "llama-1m"}, "data": {"source": "x"}, "train": {"steps": 4, "output": "y"}, "sync": sync}
+    tree = {
+        "model": {"preset": "llama-1m"},
+        "data": {"source": "x"},
+        "train": {"steps": 4, "output": "y"},
+        "sync": sync,
+    }
     return Config.parse({**tree, "replicas": 2, **other})
 
 

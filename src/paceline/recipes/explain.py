@@ -164,14 +164,9 @@ class Plan:
         levels = zip(syncs, self.config.group_sizes, self.wire_bytes, strict=True)
         things = ["replica(s)", *["group(s)"] * (len(self.wire_bytes) - 1)]
         return [
-<<<<<<< ours
-            f"sync       {strategy_name(sync)} over {size} {thing}, {_bytes(sent)} sent by each rank a step"
-            + ("" if sync.keeps_equal else ", on average")  # type: ignore[attr-defined]
-            + (" and at most" if getattr(sync, "sends_less", False) else "")
-=======
             f"sync       {_named(sync)} over {size} {thing}, {_bytes(sent)} sent by each rank a step"
             + (", on average" if not sync.keeps_equal or getattr(sync, "exact_steps", False) else "")
->>>>>>> theirs
+            + (" and at most" if getattr(sync, "sends_less", False) else "")
             for (sync, size, sent), thing in zip(levels, things, strict=True)
         ]
 

@@ -24,12 +24,8 @@ from paceline.plan.layout import Grid
 from paceline.plan.run import plan_run
 from paceline.recipes import folder as run_folder
 from paceline.recipes.prepare import prepare_in_child
-<<<<<<< ours
-from paceline.sync.privacy import epsilon
 from paceline.sync.server.keep import ServerProcesses
 from paceline.sync.server.serve import Durability
-=======
->>>>>>> theirs
 from paceline.track import RunInfo, Tracker
 from paceline.track.report import write_report
 from paceline.track.terminal import display
