@@ -108,8 +108,7 @@ def test_steps_that_overflow_leave_all_as_it_was(name, pool):
 
 
 def parsed(sync, **other):
-    run = {"steps": 4, "output": "y"}
-    tree = {"model": {"preset": "llama-1m"}, "data": {"source": "x"}, "train": run, "sync": sync}
+    tree = {
         "model": {"preset": "llama-1m"},
         "data": {"source": "x"},
         "train": {"steps": 4, "output": "y"},
