@@ -32,6 +32,7 @@ EVENT_KINDS = (
     "perturb",
     "rollback",
     "stop",
+    "sync",
     "export",
     "warning",
     "error",

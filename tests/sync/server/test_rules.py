@@ -182,6 +182,21 @@ def test_the_first_are_taken_and_the_late_are_told_and_dropped():
     assert not any(shard._staged for shard in server.shards)
 
 
+@pytest.mark.parametrize("mode", ["sync", "stale", "async"])
+def test_a_push_without_targets_ticks_the_clock_and_no_more(mode):
+    server = Local(Rules(workers=2, shards=2, mode=mode))
+    workers = [Worker(server, i) for i in range(2)]
+    for clock in range(3):
+        for worker in workers:
+            worker.turn()
+        workers[0].push(random(clock), targets=0.0 if clock < 2 else 1.0)
+        workers[1].push(random(9), targets=0.0)
+    for worker in workers:
+        assert worker.turn().clock == 3
+    close(workers[0].read(), minus(zeros(), (1.0, random(2))))
+    assert not any(shard._staged for shard in server.shards)
+
+
 def test_who_is_dropped_goes_on_with_the_clock_that_is_open():
     server = Local(Rules(workers=2, shards=1, backups=1))
     fast, slow = Worker(server, 0), Worker(server, 1)

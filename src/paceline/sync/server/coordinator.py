@@ -325,6 +325,9 @@ class Coordinator:
         commits = sorted(commits, key=lambda commit: (commit.push.worker, commit.push.number))
         state.pending = [commit for commit in state.pending if commit not in commits]
         taken = [commit for commit in commits if commit.targets > 0]
+        for commit in commits:
+            if commit.targets <= 0:
+                self._enter(m.Dropped(commit.push))  # it has nothing to add, and shards may forget it
         targets = sum(commit.targets for commit in taken)
         terms = []
         for commit in taken:
