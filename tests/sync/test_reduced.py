@@ -121,7 +121,7 @@ def parsed(sync, **other):
     "sync",
     [
         {"name": "all_reduce", "reducer": "int8", "bucket_mib": 2.0},
-        {"name": "all_reduce", "reducer": {"name": "mean", "bucket_mib": 2.0}},
+        {"name": "all_reduce", "reducer": {"name": "mean", "bucket_mib": 3.0}},
     ],
 )
 def test_buckets_that_would_not_be_are_refused(sync):

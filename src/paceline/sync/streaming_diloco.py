@@ -18,13 +18,14 @@ to mix. The last step of a run takes in what is on its way, and then exchanges e
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from paceline.comm.replica import Replica, Shard
+from paceline.comm.replica import Finish, Replica, Shard
 from paceline.config import ChosenFrom, Count, Fraction, Natural, Options, Positive
 from paceline.plan.wire import all_reduce_bytes
 from paceline.registry import REDUCERS
@@ -76,9 +77,8 @@ class StreamingDiLoCo(Options):
             return 0
         parts = [{name: shapes[name] for name in names} for names in dealt(shapes, self.fragments)]
         values: list[int] = [self.reducer.wire_bytes(part, members) for part in parts]
-        numbers = [2 * COUNT_BYTES] if self.delay else [COUNT_BYTES, COUNT_BYTES]
-        told = sum(all_reduce_bytes(n_bytes, members) for n_bytes in numbers)
-        end = sum(values) + sum(all_reduce_bytes(n * COUNT_BYTES, members) for n in (1, self.fragments))
+        told = all_reduce_bytes(2 * COUNT_BYTES, members)
+        end = sum(values) + all_reduce_bytes((1 + self.fragments) * COUNT_BYTES, members)
         turns = [len(range(self.turn(p), steps, self.every)) for p in range(self.fragments)]
         return end + sum(n * (sent + told) for n, sent in zip(turns, values, strict=True))
 
@@ -132,7 +132,7 @@ class StreamingSync(Alone):
         self._agreed: dict[str, Tensor] = {}
         self._windows = torch.zeros(options.fragments, dtype=torch.float64)  # targets since a fragment was last sent
         self._sent = torch.zeros(options.fragments, dtype=torch.float64)  # the step of what is still to be mixed in
-        self._asked = False
+        self._asked = self._all_stop = False
 
     def start(self, replica: Replica) -> None:
         """Check that replicas start equal, and deal out the parameters."""
@@ -145,13 +145,22 @@ class StreamingSync(Alone):
             self._fragments.append(fragment)
 
     def total(self, values: Tensor, stop: bool) -> tuple[Tensor, bool]:
-        """This replica's own values. All stop when a fragment arrives with which one said that it was asked to."""
+        """This replica's own values. All stop when a fragment arrives with which one said that it was asked to.
+
+        Where all are waited for, they say it with their targets: ``update`` tells.
+        """
         self._asked = stop
         if self._link.size == 1 or self._talks(self._step):
-            return super().total(values, stop)
+            return values, stop and self._link.size == 1
         due = self._due()
         self._arrive(*due)
         return values, any(self._fragments[p].told[1].item() > 0 for p in due)
+
+    def update(self, replica: Replica) -> Finish:
+        """As all that learn alone; and say whether all stop."""
+        self._all_stop = False
+        finish = super().update(replica)
+        return replace(finish, stop=self._all_stop)
 
     def is_agreed(self, step: int) -> bool:
         """After the last step; and where it is DiLoCo, when that is."""
@@ -206,7 +215,9 @@ class StreamingSync(Alone):
     def _exchange(self, turns: Sequence[int], *, mixing: float) -> None:
         """All at once: send, wait, step and mix."""
         learned = [self._windows[p].item() for p in turns]
-        for p, own, targets in zip(turns, learned, self._sum(*learned).tolist(), strict=True):
+        *all_targets, stops = self._sum(*learned, float(self._asked)).tolist()
+        self._all_stop = stops > 0
+        for p, own, targets in zip(turns, learned, all_targets, strict=True):
             self._start(p, share_of(own, targets, self._link.size))
             self._fragments[p].told = torch.tensor([1.0, 0.0], dtype=torch.float64)
         for p in turns:
