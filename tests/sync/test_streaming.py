@@ -249,6 +249,19 @@ def test_with_every_reducer_it_goes_on_bit_for_bit(reducer, pool, tmp_path):
     assert whole.sent_bytes == [choose(SYNCS, sync).wire_bytes(shapes, 2, STEPS) + evaluation] * 2
 
 
+def test_what_a_reducer_leaves_out_counts_for_what_it_is_in_windows_of_any_length(pool, tmp_path):
+    """The last one is shorter than the others: weights stay near those of exact sums, by what was learned."""
+    runs = [
+        settings(tmp_path / name, precision="fp32", sync={**SYNC, "delay": 1, "reducer": name}) for name in REDUCERS
+    ]
+    (start,) = run_all(pool, [settings(tmp_path / "start", precision="fp32")], until=0)
+    ended = dict(zip(REDUCERS, run_all(pool, runs), strict=True))
+    learned = distance(start.weights[0], ended["mean"].weights[0])
+    off = {name: distance(run.weights[0], ended["mean"].weights[0]) / learned for name, run in ended.items()}
+    assert max(off.values()) < 2, off
+    assert max(off[name] for name in ("bf16", "fp16", "int8", "int4")) < 0.3, off
+
+
 def test_under_another_layout_and_with_more_replicas_while_fragments_are_on_their_way(pool, tmp_path):
     (whole,) = run_all(pool, [settings(tmp_path / "whole")])
     run_all(pool, [settings(tmp_path / "cut", layout="shard")], until=5)

@@ -218,14 +218,22 @@ class StreamingSync(Alone):
         *all_targets, stops = self._sum(*learned, float(self._asked)).tolist()
         self._all_stop = stops > 0
         for p, own, targets in zip(turns, learned, all_targets, strict=True):
-            self._start(p, share_of(own, targets, self._link.size))
-            self._fragments[p].told = torch.tensor([1.0, 0.0], dtype=torch.float64)
+            if self._options.delay == 0 or self._link.size == 1:
+                share, total = share_of(own, targets, self._link.size), 1.0
+            else:  # as those before: what a reducer has left out is in the units of a sum
+                share, total = own / self._window(p), targets / self._window(p)
+            self._start(p, share)
+            self._fragments[p].told = torch.tensor([total, 0.0], dtype=torch.float64)
         for p in turns:
             self._mix(p, mixing)
 
     def _send(self, p: int) -> None:
-        """Start the sums, times the targets of each, and that of the targets. Of one replica the mean is its own."""
-        learned = self._windows[p].item() if self._link.size > 1 else 1.0
+        """Start the sums, times the targets of each, and that of the targets. Of one replica the mean is its own.
+
+        Targets are those of a step on average: what a reducer has left out of a long window would else be worth more in
+        a short one.
+        """
+        learned = self._windows[p].item() / self._window(p) if self._link.size > 1 else 1.0
         fragment = self._fragments[p]
         told = torch.tensor([learned, float(self._asked)], dtype=torch.float64, device=self._device)
         pending = self._link.all_reduce(told)
@@ -239,6 +247,11 @@ class StreamingSync(Alone):
             return sums()
 
         fragment.wait = wait
+
+    def _window(self, p: int) -> int:
+        """Steps since a fragment was last sent, or since the start."""
+        after = self._step - self._options.turn(p)
+        return self._step if after <= 0 else after % self._options.every or self._options.every
 
     def _start(self, p: int, share: float) -> None:
         fragment, values = self._fragments[p], {}
