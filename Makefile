@@ -20,7 +20,7 @@ echo "make: paceline needs Python 3.11 or newer; none of these is: $(PYTHONS). N
 exit 1
 endef
 
-.PHONY: help env demo test slow verify-all any-model sync-table mutants simulate check format lint types layers docs-check docs wheel newest lock
+.PHONY: help env demo test slow verify-all any-model sync-table choosing mutants simulate check format lint types layers docs-check docs wheel newest lock
 help:
 	@sed -n 's/^# //p' Makefile | head -4; echo; grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
@@ -42,6 +42,9 @@ any-model: env ## four ways to cut, on every family of transformers; writes docs
 
 sync-table: env ## what syncs cost in quality, against all-reduce; writes docs/reference/syncs.md (long, goes on where it stopped)
 	@$(BIN)/python -W ignore tools/sync_table.py $(ARGS)
+
+choosing: env ## optimizers, rates and schedules on the demo's text; writes docs/guides/choosing.md (long, goes on where it stopped)
+	@$(BIN)/python -W ignore tools/choosing.py $(ARGS)
 
 mutants: env ## mistakes made on purpose, which verify has to catch; writes docs/reference/mutants.md (long)
 	@$(BIN)/python tools/mutants.py $(ARGS)
@@ -69,6 +72,7 @@ docs-check: env
 	@$(BIN)/python tools/optimizer_table.py --check
 	@$(BIN)/python tools/reducer_table.py --check
 	@$(BIN)/python tools/sync_table.py --check
+	@$(BIN)/python tools/choosing.py --check
 	@$(BIN)/zensical build --strict --clean
 
 docs: env ## the generated pages, and the documentation site in site/
@@ -77,6 +81,7 @@ docs: env ## the generated pages, and the documentation site in site/
 	@$(BIN)/python tools/optimizer_table.py
 	@$(BIN)/python tools/reducer_table.py
 	@$(BIN)/python tools/sync_table.py --page
+	@$(BIN)/python tools/choosing.py --page
 	@$(BIN)/zensical build --strict --clean
 
 wheel: env ## sdist and wheel, in dist/
