@@ -369,6 +369,8 @@ def main() -> None:
     parser.add_argument("--compute-ms", type=float, default=30.0, help="least time that a step computes")
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
     asked = parser.parse_args()
+    if asked.steps <= asked.warmup:
+        parser.error(f"--steps {asked.steps}: expected more than --warmup {asked.warmup}, which are part of them")
     given = Conditions(
         link=asked.link,
         back=asked.back or asked.link,
@@ -404,4 +406,6 @@ def _network(text: str) -> Network:
 
 
 if __name__ == "__main__":
+    if os.environ.get("OPENBLAS_NUM_THREADS") != "1":  # numpy would start threads, and ranks are forked
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "OPENBLAS_NUM_THREADS": "1"})  # noqa: S606
     main()
