@@ -13,12 +13,14 @@ from torch.utils.checkpoint import CheckpointPolicy
 from paceline.models.kernels import require_compiler
 from paceline.parallel.blocks import blocks
 
+PRODUCTS = 0.7
+"""Of what torch would have a compiled block keep for its backward pass (1; its input alone: 0): products and attention
+are kept, norms and activation functions computed again, in one pass with what needs them. It costs no time."""
 SELECTIVE = 0.25
-"""Of what a compiled block keeps for its backward pass if speed alone counts (1; its input alone: 0): activation
-functions and norms are computed again, then the cheapest products with weights, but not attention."""
+"""The same where memory counts: the cheapest products with weights are computed again too, but not attention."""
 
 
-def compile_blocks(model: nn.Module, *, keep: float = 1.0) -> int:
+def compile_blocks(model: nn.Module, *, keep: float = PRODUCTS) -> int:
     """Compile the forward of every block (of the whole model if it has none); returns how many parts were compiled.
 
     ``keep``, from 0 to 1, is the share of activations that waits for the backward pass; the rest is computed again.

@@ -16,7 +16,7 @@ from paceline.objectives.fused_cross_entropy import fuse_loss
 from paceline.optim.base import OptimizerConfig, check_groups
 from paceline.parallel.balance import balanced, check_routers
 from paceline.parallel.blocks import blocks
-from paceline.parallel.compiled import SELECTIVE, compile_blocks
+from paceline.parallel.compiled import PRODUCTS, SELECTIVE, compile_blocks
 from paceline.parallel.context import cut_context
 from paceline.parallel.context_check import check_context
 from paceline.parallel.dropout import Dropout
@@ -120,7 +120,7 @@ def build(
     if layout.recompute != "none" and not compiled_selective:
         recompute(model, layout.recompute, dropout)
     if compiled:
-        compile_blocks(model, keep=SELECTIVE if compiled_selective else 1.0)
+        compile_blocks(model, keep=SELECTIVE if compiled_selective else PRODUCTS)
         fuse_loss(model, dtype=getattr(torch, precision.compute), device=device)
     experts = tuple(dict.fromkeys(name.rpartition(".")[0] for name in dealt))
     dtype, pure = getattr(torch, precision.compute), precision.is_pure
