@@ -128,7 +128,7 @@ def _run(run: Config, until: int, world: World) -> dict[str, Any]:
         for event in loop.steps() if until > first else ():
             losses.append(event.loss)
             rates.append(event.lr)
-            if event.step == until:
+            if loop.step == until:
                 break
         sent_bytes = _sent_bytes(world) - before
         if first < until < run.train.steps:

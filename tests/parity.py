@@ -1,7 +1,7 @@
 """A tiny training run made of the product's own parts, on any number of replicas, for comparing weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from paceline.optim.sgd import SGD
 from paceline.parallel.precision import Masters
 from paceline.registry import SYNCS
 from paceline.schedule.accumulate import Accumulate
-from paceline.sync.base import SyncContext
+from paceline.sync.base import Claiming, Share, Sync, SyncContext
 from paceline.train.clip import ClipNorm
 from paceline.train.replica import ModuleReplica
 from paceline.train.step import train_step
@@ -111,16 +111,27 @@ def train(
     goal = objective()
     schedule = Accumulate(model, goal, seed=0, device=CPU)
     losses, norms = [], []
-    for step in range(1, steps + 1):
+    for step, part in shares_of(strategy, replica, steps, index):
         batches = [
             goal.batch(micro_rows, seed=0, step=step)
-            for micro_rows in share(1 if same_batch else step, sequences, index, size, micro)
+            for micro_rows in share(1 if same_batch else step, sequences, part, size, micro)
         ]
         result = train_step(replica, strategy, schedule, batches, step=step, stop=False)
         losses.append(result.loss)
         norms.append(result.gradient_norm)
     weights = {shard.name: shard.local.clone() for shard in replica.shards}
     return {"losses": losses, "norms": norms, "weights": weights, "sent_bytes": between.sent_bytes - started_bytes}
+
+
+def shares_of(strategy: Sync, replica: ModuleReplica, steps: int, index: int) -> Iterator[Share]:
+    """What a replica learns from in a run: its part of each step, or what it claims."""
+    if not isinstance(strategy, Claiming):
+        yield from (Share(step, index) for step in range(1, steps + 1))
+        return
+    done = 0
+    while done < steps:
+        yield strategy.claim(done, replica)[0]
+        done = strategy.reached
 
 
 def on_pool(member: Member, options: dict[str, object]) -> dict[str, object]:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import paceline
 from commands import metrics, write_texts
+from paceline.plan.run import plan_run
 
 
 def test_the_example_of_a_module_of_ones_own(
@@ -19,3 +21,9 @@ def test_the_example_of_a_module_of_ones_own(
     assert "step 10  loss" in printed and "bits per byte" in printed
     losses = [line["loss"] for line in metrics(tmp_path / "runs" / "own_module")]
     assert len(losses) == 10 and losses[-1] < losses[0]
+
+
+def test_the_example_of_unequal_replicas_is_a_config_that_can_be_planned(root: Path) -> None:
+    config = paceline.read(str(root / "examples" / "unequal_replicas.yaml"))
+    grid, batch = plan_run(config)
+    assert grid.ranks == 1 and batch.data_parallel == 4

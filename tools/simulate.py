@@ -12,13 +12,15 @@ import argparse
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from paceline.sync.server import messages as m
 from paceline.sync.server.client import COORDINATOR, Client
-from paceline.sync.server.coordinator import Coordinator, Rules
+from paceline.sync.server.coordinator import Coordinator, LocalRules, Rules
+from paceline.sync.server.local import LocalCoordinator
 from paceline.sync.server.log import MemoryLog
 from paceline.sync.server.shard import Gradient, ServerShard
 
@@ -39,18 +41,23 @@ class Case:
     rules: Rules
     ranks: int
     clocks: int
+    """Of each worker; of ``local`` the steps of the run."""
     faults: int
     """At most so many."""
     log_records: int = 1_000_000
     """After so many a server takes a snapshot of itself."""
     muted: frozenset[int] = frozenset()
     """Faults that are left out, by the order in which they would happen."""
+    meet: int = 1
+    """Of ``local``: after every so many steps all meet."""
+    stops: bool = False
+    """Of ``local``: worker 0 is asked to end the run."""
 
     @classmethod
     def of(cls, seed: int) -> "Case":
         """A case as various as its seed."""
         draw = random.Random(seed)
-        mode: Any = draw.choice(["sync", "sync", "stale", "stale", "async"])
+        mode: Any = draw.choice(["sync", "sync", "stale", "stale", "async", "local", "local"])
         workers = draw.randint(1, 3)
         return cls(
             seed=seed,
@@ -61,21 +68,35 @@ class Case:
                 staleness=draw.randint(0, 2) if mode == "stale" else 0,
                 backups=draw.randint(0, workers - 1) if mode == "sync" else 0,
                 clip_norm=draw.choice([None, 1.0]),
+                local=_local_rules(draw) if mode == "local" else None,
             ),
             ranks=draw.randint(1, 2),
             clocks=draw.randint(1, 3),
             faults=draw.choice([0, 4, 8, 12]),
             log_records=draw.choice([3, 8, 1_000_000, 1_000_000]),
+            meet=draw.randint(1, 3),
+            stops=draw.random() < 0.2,
         )
+
+
+def _local_rules(draw: random.Random) -> LocalRules:
+    how = draw.choice(["dynamic", "dynamic", "static", "ordered"])
+    return LocalRules(
+        every=draw.randint(1, 4),
+        dynamic=how == "dynamic",
+        ordered=how == "ordered",
+        delay=draw.randint(1, 3),
+    )
 
 
 class CountingStore:
     """Parameters that are the tuple of pushes they were made from."""
 
-    def __init__(self, shard: int, ranks: int, truth: dict[int, tuple[m.Push, ...]]) -> None:
-        self._shard, self._ranks, self._truth = shard, ranks, truth
+    def __init__(self, shard: int, ranks: int, truth: dict[int, tuple[m.Push, ...]], delay: int = 0) -> None:
+        self._shard, self._ranks, self._truth, self._delay = shard, ranks, truth, delay
         self._value: tuple[m.Push, ...] = ()
         self._gathered: tuple[m.Push, ...] = ()
+        self._open: tuple[float, ...] = ()
         self._version = 0
 
     def gather(self, gradients: Sequence[Gradient]) -> float:
@@ -87,7 +108,17 @@ class CountingStore:
             _promise(dict(gradient.parts) == whole, f"shard {self._shard} has {gradient.parts} of {push}")
             pushes.append(push)
         self._gathered = tuple(pushes)
+        self._weights = tuple(gradient.weight for gradient in gradients)
         return float(len(pushes))
+
+    def push(self, window: float) -> None:
+        """A window is of as many pushes as it should be, and its weight that of them."""
+        self._open += self._weights
+        closes = len(self._open) == self._delay
+        weight = sum(self._open) if closes else 0.0
+        _promise(abs(window - weight) < 1e-9, f"shard {self._shard}: a window of {self._open} is closed at {window}")
+        self._open = () if closes else self._open
+        self.step(1.0, 1.0)
 
     def step(self, rate: float, scale: float) -> None:
         """Nothing twice, and each worker's in order."""
@@ -110,11 +141,11 @@ class CountingStore:
 
     def save(self, copies: Mapping[int, Any]) -> Any:
         """Everything."""
-        return self._value, self._version, dict(copies)
+        return self._value, self._version, self._open, dict(copies)
 
     def load(self, saved: Any) -> Mapping[int, Any]:
         """Everything."""
-        self._value, self._version, copies = saved
+        self._value, self._version, self._open, copies = saved
         return dict(copies)
 
 
@@ -137,11 +168,13 @@ class Simulation:
         case: Case,
         *,
         coordinator: Callable[..., Coordinator] = Coordinator,
+        local: Callable[..., LocalCoordinator] = LocalCoordinator,
         shard: Callable[..., ServerShard] = ServerShard,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.case, self._say = case, say
-        self._make_coordinator, self._make_shard = coordinator, shard
+        self._make_coordinator = coordinator if case.rules.local is None else local
+        self._make_shard = shard
         self._draw = random.Random(case.seed ^ 0x5EED).random
         rules = case.rules
         self._network: list[tuple[Any, ...]] = []
@@ -167,6 +200,12 @@ class Simulation:
         self._required: dict[tuple[int, int], set[m.Push]] = {}
         """By worker and entry of its pin: what it has to read."""
         self.read_versions: list[int] = []
+        self._leases: dict[m.Push, m.Lease] = {}
+        """Of ``local``: what each push was learned from."""
+        self._reached = 0
+        """Of ``local``: the step after which all have met last."""
+        self.content: tuple[m.Push, ...] = ()
+        """All that was applied in the end, in order."""
 
     def run(self) -> None:
         """Until every worker has finished or is gone; ``BrokenPromise`` if one is broken on the way."""
@@ -260,7 +299,8 @@ class Simulation:
         if server == COORDINATOR:
             self._servers[server] = self._make_coordinator(self.case.rules, self._logs[-1])
             return
-        store = CountingStore(server, self.case.ranks, self._versions)
+        local = self.case.rules.local
+        store = CountingStore(server, self.case.ranks, self._versions, local.delay if local else 0)
         shard = self._make_shard(server, store, self._logs[server])
         self._servers[server] = shard
         self._fetchers[server] = _Asker()
@@ -271,7 +311,8 @@ class Simulation:
         self._left.discard(worker)
         self._tell("start worker", worker, "life", self._lives[worker])
         asker = self._workers[worker] = _Asker()
-        asker.program = self._program(worker, self._lives[worker])
+        program = self._program if self.case.rules.local is None else self._local_program
+        asker.program = program(worker, self._lives[worker])
         self._ask(("worker", worker), next(asker.program))
 
     def _program(self, worker: int, life: int) -> Generator[Any, Any, None]:
@@ -301,6 +342,45 @@ class Simulation:
             committed = yield from leader.commit(number, clock=clock, targets=1.0 + worker, rate=1.0)
             _promise(committed.number == number, f"worker {worker} was told of push {committed.number}, not {number}")
             clock += 1
+        yield from leader.leave()
+        self._finished.add(worker)
+
+    def _local_program(self, worker: int, life: int) -> Generator[Any, Any, None]:
+        """A replica that takes leases."""
+        rules, steps = self.case.rules, self.case.clocks
+        ranks = [Client(worker, life, rank, shards=rules.shards, staleness=None) for rank in range(self.case.ranks)]
+        leader = ranks[0]
+        joined = yield from leader.join()
+        number, clock = joined.number, joined.clock
+        granted = yield from leader.lease(clock)
+        while True:
+            parts = yield from _together([rank.pull(granted, [None] * rules.shards) for rank in ranks])
+            self._check_read(worker, granted, [content for rank in parts for content in rank])
+            if granted.lease is None:
+                _promise(granted.reached >= self._reached, f"all met after {self._reached}, then {granted.reached}")
+                self._reached = granted.reached
+                if granted.reached == steps or granted.stop is not None:
+                    break
+                until = min(steps, (granted.reached // self.case.meet + 1) * self.case.meet)
+                granted = yield from leader.lease(clock, until=until)
+                _promise(granted.lease is not None, f"worker {worker} began with nothing to do")
+                continue
+            number += 1
+            push = m.Push(worker, life, number)
+            self._leases[push] = granted.lease
+            yield from _together(
+                [rank.stage(number, [(push, shard, rank.rank) for shard in range(rules.shards)]) for rank in ranks]
+            )
+            yield from leader.commit(
+                number,
+                clock=clock,
+                targets=float(granted.lease.length),
+                rate=1.0,
+                stop=self.case.stops and worker == 0,
+                seconds=granted.lease.length * (1.0 + worker),
+            )
+            clock += 1
+            granted = yield from leader.lease(clock)
         yield from leader.leave()
         self._finished.add(worker)
 
@@ -382,9 +462,10 @@ class Simulation:
                         self._absent.discard(request.worker)
                         self._known[request.worker] = request.life
                     self._progress[request.worker] = max(self._progress[request.worker], answer.clock)
-        for asker, answer in answers:
-            if isinstance(answer, m.Granted) and asker is not None:
-                self._note_granted(asker[0][1], answer)
+        # Also those of whom a coordinator that came back does not know whom to tell: they will ask again.
+        for worker, member in enumerate(self._servers[COORDINATOR]._state.members):
+            if member.granted is not None:
+                self._note_granted(worker, m.Granted(*member.granted))
 
     def _note_granted(self, worker: int, granted: m.Granted) -> None:
         if (worker, granted.entry) in self._required:
@@ -399,10 +480,12 @@ class Simulation:
         if rules.mode == "sync":
             ready = [w for w in alive if self._progress[w] >= clock]
             _promise(len(ready) >= len(alive) - rules.backups, f"clock {clock} began with {ready} of {alive}")
+        at_once = rules.mode == "async" or (rules.local is not None and not rules.local.ordered)
+        has_all = at_once or (rules.local is not None and granted.lease is None)
         reads = {
             push
             for push, of in self._clock_of.items()
-            if rules.mode == "async" or of <= clock - bound - 1 or push.worker == worker
+            if has_all or push.worker == worker or (rules.local is None and of <= clock - bound - 1)
         }
         self._required[worker, granted.entry] = reads
 
@@ -434,6 +517,20 @@ class Simulation:
         kept = set(self._clock_of) - {m.read(commit).push for commit in pending}
         _promise(set(content) == kept, f"applied {set(content) - kept} too much, {kept - set(content)} too little")
         _promise(not self._dropped & set(content), f"{self._dropped & set(content)} was dropped and applied")
+        self.content = content
+        if rules.local is not None:
+            learned = Counter(
+                share
+                for first, stride, count in (self._leases[push] for push in content)
+                for share in range(first, first + stride * count, stride)
+            )
+            twice = [share for share, times in learned.items() if times > 1]
+            _promise(not twice, f"shares {twice} were learned from twice")
+            if self._finished:
+                left = set(range(self._reached * rules.workers)) ^ set(learned)
+                _promise(
+                    not left, f"all met after step {self._reached}, and shares {left} were left out, or are beyond"
+                )
         if rules.mode == "sync":
             for version in sorted(self._versions):
                 before = self._versions.get(version - 1)
@@ -517,6 +614,8 @@ def _simpler(case: Case) -> Generator[Case, None, None]:
         yield replace(case, rules=replace(rules, shards=1))
     if rules.workers > max(1, rules.backups + 1):
         yield replace(case, rules=replace(rules, workers=rules.workers - 1))
+    if case.stops:
+        yield replace(case, stops=False)
     if case.faults > 0:
         yield replace(case, faults=case.faults - 1, muted=case.muted - {case.faults})
     for fault in range(1, case.faults):

@@ -122,6 +122,7 @@ SYNCS = Table(
         "partial": "paceline.sync.partial:Partial",
         "federated": "paceline.sync.federated:Federated",
         "parameter_server": "paceline.sync.parameter_server:ParameterServer",
+        "async_local_sgd": "paceline.sync.async_local_sgd:AsyncLocalSGD",
     },
 )
 

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,14 @@ from paceline.plan.batch import Batches
 STEPS_AHEAD = 2
 
 MicroBatches = list[list[Row]]
+
+
+class Place(NamedTuple):
+    """What one rank reads: step ``step``, which begins at sample ``first``, as data-parallel rank ``rank``."""
+
+    step: int
+    first: int
+    rank: int
 
 
 class Loader:
@@ -40,7 +49,7 @@ class Loader:
         self._rows, self._order, self._batches, self._rank = rows, order, batches, rank
         self._partner_seed = partner_seed
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paceline-loader")
-        self._ahead: deque[tuple[tuple[int, int], Future[MicroBatches]]] = deque()
+        self._ahead: deque[tuple[Place, Future[MicroBatches]]] = deque()
         self.wait_s = 0.0
         """Seconds that the last call of ``batch`` waited for its rows."""
 
@@ -50,10 +59,21 @@ class Loader:
         Calls in the order of the steps find their rows ready; any other step or ``consumed`` starts afresh from there.
         An error in reading is raised here, for the step that it belongs to.
         """
+        return self.at(
+            [
+                Place(later, consumed + self._batches.sequences(step, later - 1), self._rank)
+                for later in range(step, step + STEPS_AHEAD + 1)
+            ]
+        )
+
+    def at(self, places: Sequence[Place]) -> MicroBatches:
+        """Micro-batches of the first of some places; the others, which will be asked for next, are read meanwhile."""
         began = time.perf_counter()
-        if self._ahead and self._ahead[0][0] != (step, consumed):
+        known = [place for place, _ in self._ahead]
+        if known != list(places[: len(known)]):
             self._forget()
-        self._read_ahead(step, consumed)
+        for place in places[len(self._ahead) :]:
+            self._ahead.append((place, self._thread.submit(self._read, place)))
         try:
             return self._ahead.popleft()[1].result()
         finally:
@@ -69,18 +89,12 @@ class Loader:
         self._forget()
         self._thread.shutdown(wait=True)
 
-    def _read_ahead(self, step: int, consumed: int) -> None:
-        """Have the thread read the step at ``consumed`` and those after it that it is not yet reading."""
-        for later in range(step + len(self._ahead), step + STEPS_AHEAD + 1):
-            first = consumed + self._batches.sequences(step, later - 1)
-            self._ahead.append(((later, first), self._thread.submit(self._read, later, first)))
-
     def _forget(self) -> None:
         while self._ahead:
             self._ahead.popleft()[1].cancel()
 
-    def _read(self, step: int, first: int) -> MicroBatches:
-        plan = self._batches.at(step)
+    def _read(self, place: Place) -> MicroBatches:
+        first, plan = place.first, self._batches.at(place.step)
         samples = self._order.slots(first, plan.sequences)
         sources, rows = self._order.draw(first, plan.sequences)
 
@@ -89,8 +103,8 @@ class Loader:
 
         others = None if self._partner_seed is None else partners(first, plan.sequences, self._partner_seed)
         share: list[Row] = []
-        for place in range(plan.micro_batches * plan.micro):
-            slot = self._rank + plan.data_parallel * place
+        for row in range(plan.micro_batches * plan.micro):
+            slot = place.rank + plan.data_parallel * row
             if slot < plan.sequences:
                 sample = int(samples[slot])
                 partner = None if others is None else row_of(int(others[sample - first])).tokens

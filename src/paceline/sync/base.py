@@ -7,7 +7,7 @@ counterparts in the other replicas, never the layout that cut them: so every str
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -161,6 +161,36 @@ class Serving(Protocol):
 
     def words(self) -> str | None:
         """What the report says of it at the end of a run."""
+        ...
+
+
+class Share(NamedTuple):
+    """One replica's part of the batch of a step: ``part`` of as many as there are replicas."""
+
+    step: int
+    part: int
+
+
+@runtime_checkable
+class Claiming(Protocol):
+    """A strategy whose replicas learn from what is next, in place of a part of each step: each takes as many steps of
+    its own as it has time for. All parts of all steps are learned from once."""
+
+    def claim(self, done: int, replica: Replica) -> Sequence[Share]:
+        """Before a step: what this replica learns from in it, and may in those after it. All ranks of it call this.
+
+        ``done``: after how many steps of the run all have met, which is where weights are measured and saved.
+        """
+        ...
+
+    @property
+    def reached(self) -> int:
+        """After a step: after how many steps of the run all have met."""
+        ...
+
+    @property
+    def pace(self) -> float:
+        """The speed of all replicas, in that of this one."""
         ...
 
 

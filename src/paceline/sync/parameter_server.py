@@ -19,12 +19,10 @@ from paceline.config import Count, Fraction, Natural, Options, Positive, strateg
 from paceline.errors import PlanError
 from paceline.plan.wire import all_reduce_bytes
 from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState, check_equal_start
+from paceline.sync.served import Servers, as_remote, owned, whole_shapes
 from paceline.sync.server import messages as m
-from paceline.sync.server.ask import Caller
 from paceline.sync.server.channel import Channel
 from paceline.sync.server.coordinator import Rules
-from paceline.sync.server.keep import ServerThreads
-from paceline.sync.server.place import Places
 from paceline.sync.server.store import Delay
 
 
@@ -133,7 +131,7 @@ class ParameterServerSync:
 
     def __init__(self, options: ParameterServer, context: SyncContext) -> None:
         self._options, self._context, self._link = options, context, context.link
-        self._threads: ServerThreads | None = None
+        self._servers: Servers
         self._channel: Channel | None = None
         self._life = self._number = 0
         self._is_open = False
@@ -148,14 +146,12 @@ class ParameterServerSync:
         if self._link.size == 1:
             return
         self._device = replica.shards[0].local.device if replica.shards else torch.device("cpu")
-        addresses = list(self._context.servers) or self._own_servers(_remote(replica))
-        self._caller = Caller(addresses, timeout_s=self._options.timeout_s)
-        self._shared = all(host.startswith("127.") for host, _ in addresses)
+        self._servers = Servers(self._context, as_remote(replica), self._options.servers, self._options.timeout_s)
 
     def begin(self, step: int, replica: Replica, count: int) -> int:
         """This replica's own targets: servers weigh its gradient by them."""
         if self._link.size > 1 and not self._is_open:
-            self._open(_remote(replica), step)
+            self._open(as_remote(replica), step)
         self._step, self._count = step, count
         return count
 
@@ -177,7 +173,7 @@ class ParameterServerSync:
         """Let servers take the step, and go on from what comes of it."""
         if self._link.size == 1:
             return replica.finish(vote=lambda wish: wish)
-        remote = _remote(replica)
+        remote = as_remote(replica)
         finish = remote.finish(vote=self._vote, step=lambda: self._exchange(remote))
         if finish.stepped and self._options.clips:
             return Finish(stepped=True, gradient_norm=self._granted.norm)
@@ -202,7 +198,7 @@ class ParameterServerSync:
     def gather(self, replica: Replica) -> None:
         """Before a save: fill the replica's optimizer with what servers keep."""
         if self._link.size > 1 and self._is_open and not self._meets(self._step):
-            self._fetch_state(_remote(replica))
+            self._fetch_state(as_remote(replica))
 
     def words(self) -> str | None:
         """How stale pushes were, of all replicas; None where none can be."""
@@ -223,29 +219,28 @@ class ParameterServerSync:
     @torch.no_grad()
     def _exchange(self, replica: Remote) -> None:
         assert self._channel is not None
-        own = [shard for shard in replica.shards if replica.owns(shard.name)]
-        gradients = {shard.name: g for shard in own if (g := shard.gradient) is not None}
+        gradients = {shard.name: g for shard in owned(replica) if (g := shard.gradient) is not None}
         self._number += 1
-        before = self._caller.sent_bytes
-        self._channel.stage(self._number, gradients)
-        self._link.count(self._caller.sent_bytes - before)
+        self._servers.stage(self._channel, self._number, gradients)
         replica.sum_of(torch.zeros(1))  # all ranks have staged
         clock, rate = self._step - 1, replica.rate / replica.learns_by.lr
         if replica.is_first:
             client = self._channel.client
-            self._caller.run(client.commit(self._number, clock=clock, targets=self._count, rate=rate, stop=self._asked))
+            self._servers.caller.run(
+                client.commit(self._number, clock=clock, targets=self._count, rate=rate, stop=self._asked)
+            )
         self._go_on(replica, self._step)
         if self._meets(self._step):
             self._fetch_state(replica)
-            self._barrier(replica)
+            self._servers.barrier(replica)
 
     def _go_on(self, replica: Remote, clock: int) -> None:
         """Wait for the weights of a clock; all ranks of the replica read one version."""
         assert self._channel is not None
         told = torch.zeros(7, dtype=torch.float64)
         if replica.is_first:
-            granted = self._caller.run(self._channel.client.turn(clock, meet=self._meets(clock)))
-            told = torch.tensor([-1.0 if value is None else float(value) for value in granted], dtype=torch.float64)
+            granted = self._servers.caller.run(self._channel.client.turn(clock, meet=self._meets(clock)))
+            told = torch.tensor([-1.0 if value is None else float(value) for value in granted[:7]], dtype=torch.float64)
         clock, version, entry, floor, staleness, norm, stop = replica.sum_of(told).tolist()
         self._stop = None if stop < 0 else int(stop)
         self._granted = m.Granted(int(clock), int(version), int(entry), int(floor), int(staleness), norm, self._stop)
@@ -257,23 +252,10 @@ class ParameterServerSync:
 
     # Servers, and what they start from.
 
-    def _own_servers(self, replica: Remote) -> list[tuple[str, int]]:
-        """Threads of the first rank of all; others hear of their ports."""
-        ports = torch.zeros(self._options.servers, dtype=torch.float64)
-        if self._link.index == 0 and replica.is_first:
-            self._threads = ServerThreads(self._options.servers)
-            ports = torch.tensor([port for _, port in self._threads.addresses], dtype=torch.float64)
-        ports = replica.sum_of(ports).to(self._device)
-        self._link.broadcast(ports).wait()
-        return [("127.0.0.1", int(port)) for port in ports.tolist()]
-
     def _open(self, replica: Remote, step: int) -> None:
         """Give servers the weights and the optimizer's state that replica 0 has, and join."""
         options, context, learns_by = self._options, self._context, replica.learns_by
         staleness = options.staleness if options.mode == "stale" else 0
-        dtypes = {shard.local.dtype for shard in replica.shards}
-        if len(dtypes) > 1:
-            raise PlanError(f"sync=parameter_server: parameters of {len(dtypes)} dtypes are not built; use one")
         rules = Rules(
             workers=self._link.size,
             shards=options.servers,
@@ -286,28 +268,17 @@ class ParameterServerSync:
         self._life += 1
         self._number = 0
         self._stop = None
-        dtype = dtypes.pop()
         if self._channel is not None:
             self._channel.close()
-        self._channel = Channel(
-            self._caller,
-            Places(_shapes(replica, context), options.servers, dtype.itemsize),
-            {shard.name: shard.part for shard in replica.shards},
-            dtype=dtype,
-            worker=self._link.index,
-            rank=replica.rank,
-            rules=rules,
-            shared=self._shared,
-        )
+        self._channel = self._servers.channel(replica, rules, whole_shapes(replica, context))
         strength = options.compensation_strength or {"constant": 0.04}.get(options.compensation, 2.0)
         delay = Delay(kind=options.compensation, strength=strength, decay=options.compensation_decay)
         if self._link.index == 0 and replica.is_first:
             self._channel.set_up(self._life, optimizer=_plain(learns_by), delay=delay)
-        self._barrier(replica)
+        self._servers.barrier(replica)
         if self._link.index == 0:
-            own = [shard for shard in replica.shards if replica.owns(shard.name)]
-            _fill(self._channel, replica, own)
-        self._barrier(replica)
+            _fill(self._channel, replica, owned(replica))
+        self._servers.barrier(replica)
         self._channel.join(self._life)
         self._is_open = True
         self._go_on(replica, step - 1)
@@ -331,32 +302,9 @@ class ParameterServerSync:
             for name, value in into.items():
                 replica.keep(name, key, value)
 
-    def _barrier(self, replica: Remote) -> None:
-        """All ranks of all replicas are here."""
-        replica.sum_of(torch.zeros(1))
-        nothing = torch.zeros(1, device=self._device)
-        self._link.all_reduce(nothing).wait()
-        self._link.count(-all_reduce_bytes(nothing.nbytes, self._link.size))  # it carries no payload
-        replica.sum_of(torch.zeros(1))
-
-
-def _remote(replica: Replica) -> Remote:
-    assert isinstance(replica, Remote), "a group of replicas is not one worker: ParameterServer.check refuses it"
-    return replica
-
 
 def _plain(options: Options) -> dict[str, Any]:
     return {"name": strategy_name(options), **options.model_dump(mode="json")}
-
-
-def _shapes(replica: Remote, context: SyncContext) -> dict[str, tuple[int, ...]]:
-    """Of whole parameters."""
-    if context.shapes is not None:
-        return {name: tuple(shape) for name, shape in context.shapes.items()}
-    return {
-        shard.name: shard.part.full_shape if shard.part is not None else tuple(shard.local.shape)
-        for shard in replica.shards
-    }
 
 
 def _fill(channel: Channel, replica: Remote, shards: list[Shard]) -> None:

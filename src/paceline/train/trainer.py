@@ -17,13 +17,14 @@ from paceline.checkpoint import Checkpoint, Saved, SavedWeights, check_space, lo
 from paceline.comm.ranks import Coordinates
 from paceline.config import strategy_name
 from paceline.data.client_loader import ClientLoader
-from paceline.data.loader import Loader
+from paceline.data.loader import STEPS_AHEAD, Loader, Place
 from paceline.data.rows import Row
 from paceline.errors import CheckpointError, NonFiniteError, TrainError
 from paceline.evaluate.held_out import Evaluation
 from paceline.objectives.base import Batch
 from paceline.optim.base import Averaging
-from paceline.sync.base import Serving, differing
+from paceline.plan.layout import data_rank
+from paceline.sync.base import Claiming, Serving, Share, differing
 from paceline.track import Trackers
 from paceline.train import state
 from paceline.train.assemble import Parts
@@ -33,7 +34,7 @@ from paceline.train.diagnose import locate
 from paceline.train.early_stop import EarlyStop
 from paceline.train.hooks import Hook, StepEvent
 from paceline.train.memory import used_bytes
-from paceline.train.policy import StopRequest, after
+from paceline.train.policy import After, StopRequest, after
 from paceline.train.replica import holding
 from paceline.train.round import train_round
 from paceline.train.spikes import Spikes
@@ -85,6 +86,7 @@ class Loop:
         """
         config = self.parts.config
         while not self.is_done:
+            before = self.step
             try:
                 event, stop = self._one_step()
             except NonFiniteError as error:
@@ -95,7 +97,10 @@ class Loop:
                 continue
             for hook in self._hooks:
                 hook(event)
-            todo = after(config, self.step, stop)
+            # Nothing is due at a step that other replicas are not done with.
+            todo = (
+                after(config, self.step, stop) if self.step > before else After(evaluate=False, save=False, stop=False)
+            )
             if self.parts.checkpointer:
                 self._tell_saved(self.parts.checkpointer.poll())
             if self.trackers:
@@ -233,34 +238,45 @@ class Loop:
                 raise error
 
     def _one_step(self) -> tuple[StepEvent, bool]:
-        parts, built, step = self.parts, self.parts.built, self.step + 1
+        parts, built = self.parts, self.parts.built
         start = time.perf_counter()
+        shares = self._shares()
+        step, seen = (self.step + 1, self.sequences_seen) if shares is None else self._place(shares[0])[:2]
         rate = parts.rate
-        factor = rate.factor(step, self.sequences_seen)
+        factor = rate.factor(step, seen)
         built.replica.set_rate_factor(factor)
         loss_scale = built.replica.loss_scale
         scaled_by = loss_scale.value if loss_scale.is_dynamic else None
-        result, sequences = self._learn(step, parts.loader)
+        result, sequences = self._learn(step, parts.loader, shares)
         tokens = sequences * parts.batches.full.sequence_tokens
-        ends_cycle = rate.ends_cycle(step, self.sequences_seen)
+        ends_cycle = rate.ends_cycle(step, seen)
         parts.average.stepped(step, ends_cycle=ends_cycle)
         if parts.perturb.stepped(step, built.replica, ends_cycle=ends_cycle):
             self._spikes.forget()
             if self.trackers:
                 self.trackers.event("perturb", f"weights shrunk and perturbed after step {step}", step=step)
         step_s = time.perf_counter() - start
-        self.step = step
-        self.sequences_seen += sequences
-        self.tokens_seen += tokens
         tokens_per_s = tokens / step_s
+        if shares is None:
+            self.step = step
+            self.sequences_seen += sequences
+            self.tokens_seen += tokens
+            tokens_seen, seen = self.tokens_seen, self.sequences_seen
+        else:
+            # The position is where all replicas have met; the event tells the place of what this one has learned from.
+            seen += parts.batches.at(step).sequences
+            tokens_seen = self.tokens_seen + (seen - self.sequences_seen) * parts.batches.full.sequence_tokens
+            sync: Any = parts.sync
+            tokens_per_s *= sync.pace
+            self._meet(sync.reached)
         event = StepEvent(
             step=step,
             loss=result.loss,
             lr=parts.optimizer_config.lr * factor,
             gradient_norm=result.gradient_norm,
             tokens=tokens,
-            tokens_seen=self.tokens_seen,
-            sequences_seen=self.sequences_seen,
+            tokens_seen=tokens_seen,
+            sequences_seen=seen,
             tokens_per_s=tokens_per_s,
             mfu=tokens_per_s * parts.flops_per_token / parts.peak_flops_per_s,
             step_s=step_s,
@@ -273,7 +289,29 @@ class Loop:
         )
         return event, result.stop
 
-    def _learn(self, step: int, loader: Loader | ClientLoader) -> tuple[StepResult, int]:
+    def _shares(self) -> Sequence[Share] | None:
+        """What this replica learns from now and may next; None where it has its part of each step."""
+        sync = self.parts.sync
+        if not isinstance(sync, Claiming):
+            return None
+        return sync.claim(self.step, self.parts.built.replica)[: STEPS_AHEAD + 1]
+
+    def _place(self, share: Share) -> Place:
+        """Where a share begins, and whose rows it has: all steps up to ``self.step`` are done."""
+        world = self.parts.world
+        first = self.sequences_seen + self.parts.batches.sequences(self.step + 1, share.step - 1)
+        return Place(share.step, first, data_rank(share.part, world.group_sizes, world.mesh.shard.index))
+
+    def _meet(self, reached: int) -> None:
+        """All replicas are done with all parts of all steps up to one."""
+        sequences = self.parts.batches.sequences(self.step + 1, reached)
+        self.step = reached
+        self.sequences_seen += sequences
+        self.tokens_seen += sequences * self.parts.batches.full.sequence_tokens
+
+    def _learn(
+        self, step: int, loader: Loader | ClientLoader, shares: Sequence[Share] | None
+    ) -> tuple[StepResult, int]:
         """Run a step, or a round; what came of it, and how many sequences were learned from."""
         parts, built, stop = self.parts, self.parts.built, self.stop_request.asked
         replica, schedule = built.replica, built.schedule
@@ -285,7 +323,12 @@ class Loop:
             sync: Any = parts.sync
             result = train_round(replica, sync, schedule, loader, batch_of, step=step, stop=stop)
             return result, loader.rounds.at(step).rows
-        batches = [batch_of(micro, step) for micro in loader.batch(step, self.sequences_seen)]
+        if shares is None:
+            rows, sequences = loader.batch(step, self.sequences_seen), parts.batches.at(step).sequences
+        else:
+            rows = loader.at([self._place(share) for share in shares])
+            sequences = len(range(shares[0].part, parts.batches.at(step).sequences, parts.config.all_replicas))
+        batches = [batch_of(micro, step) for micro in rows]
         try:
             with parts.rate.measuring():
                 result = train_step(replica, parts.sync, schedule, batches, step=step, stop=stop)
@@ -294,7 +337,7 @@ class Loop:
             device_batches = [batch.to(parts.world.device.torch_device) for batch in batches]
             drawing = partial(built.drawing, step)
             raise locate(error, built.model, replica, parts.objective, device_batches, where, drawing) from None
-        return result, parts.batches.at(step).sequences
+        return result, sequences
 
     def _values(self) -> dict[str, Any]:
         """The scalars of a checkpoint. Random numbers have no state of their own: they follow from seed and step."""

@@ -193,6 +193,11 @@ class Trial:
                 "verify compares the steps of all ranks one by one, and each replica of sync=federated takes those of "
                 "clients of its own. Verify the layout with sync=all_reduce"
             )
+        if any(getattr(sync, "claims", False) for sync in config.syncs):
+            raise PlanError(
+                "verify compares the steps of all replicas one by one, and with sync=async_local_sgd each takes what "
+                "is next. Verify the layout with sync=diloco"
+            )
         self.subject = Subject.of(config, full=full)
         self._config, self._pool, self._dtype, self._full = _in_precision(config, dtype), pool, dtype, full
         self._temporary = tempfile.TemporaryDirectory(prefix="paceline-verify-")

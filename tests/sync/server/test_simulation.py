@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 import simulate
-from paceline.sync.server.coordinator import Coordinator
+from paceline.sync.server.coordinator import Coordinator, LocalRules, Rules
+from paceline.sync.server.delayed_nesterov import Window
+from paceline.sync.server.local import LocalCoordinator
 from paceline.sync.server.shard import ServerShard
 
 CHUNKS, EACH = 5, 2_000
@@ -87,6 +89,39 @@ class CommitsTwice(Coordinator):
         super()._commit(to, request, out)
 
 
+class LosesLeases(LocalCoordinator):
+    """Forgets what a worker that is gone had to learn from."""
+
+    def _gone(self, member):
+        member.lease = None
+
+
+class LearnsTwice(LocalCoordinator):
+    """Gives out again what was pushed by a worker that was started anew."""
+
+    def _done(self, member, commit):
+        if member.life > 1:
+            self._pool.give_back(member.lease)
+        super()._done(member, commit)
+
+
+class MeetsEarly(LocalCoordinator):
+    """Does not wait for who is still at work."""
+
+    def _grant(self, out):
+        if self._pool.left == 0 and self._turns and not self._state.pending:
+            return self._meet(sorted(self._turns), out)
+        return super()._grant(out)
+
+
+class ForgetsWindow(LocalCoordinator):
+    """Begins a new window where it comes back from a snapshot."""
+
+    def _restore(self, saved):
+        super()._restore(saved)
+        self._window = Window(self._local.delay)
+
+
 BROKEN = [
     {"shard": ForgetsStaged},
     {"shard": TornReads},
@@ -96,6 +131,10 @@ BROKEN = [
     {"coordinator": KeepsLate},
     {"coordinator": TakesOldLives},
     {"coordinator": CommitsTwice},
+    {"local": LosesLeases},
+    {"local": LearnsTwice},
+    {"local": MeetsEarly},
+    {"local": ForgetsWindow},
 ]
 
 
@@ -118,3 +157,15 @@ def test_a_schedule_without_faults_is_one_without_faults():
     simulation = simulate.Simulation(case)
     simulation.run()
     assert simulation.happened == 0 and simulation.read_versions
+
+
+def test_pushes_in_turns_are_the_same_in_every_schedule():
+    """Whatever arrives when: what is applied in which order, and what each worker reads."""
+    rules = Rules(workers=3, shards=2, mode="local", local=LocalRules(every=2, ordered=True, delay=2))
+    seen = set()
+    for seed in range(40):
+        simulation = simulate.Simulation(simulate.Case(seed, rules, ranks=2, clocks=7, faults=0, meet=5))
+        simulation.run()
+        seen.add((tuple(push[::2] for push in simulation.content), tuple(sorted(simulation.read_versions))))
+    ((content, _),) = seen
+    assert content == tuple((worker, number) for number in range(1, 5) for worker in range(3))

@@ -49,7 +49,7 @@ class Channel:
 
     @property
     def _staleness(self) -> int | None:
-        return None if self._rules.mode == "async" else self._rules.staleness
+        return self._rules.bound
 
     def set_up(self, life: int, *, optimizer: Mapping[str, Any], delay: Delay) -> None:
         """Let every server begin anew: nothing of what was before is left. One rank of all calls it."""

@@ -40,11 +40,11 @@ class Client:
         _check(answers, m.Done)
 
     def commit(
-        self, number: int, *, clock: int, targets: float, rate: float, stop: bool = False
+        self, number: int, *, clock: int, targets: float, rate: float, stop: bool = False, seconds: float = 0.0
     ) -> Exchange[m.Committed]:
         """All ranks have staged it."""
         push = m.Push(self.worker, self.life, number)
-        return self._one(m.Commit(push, clock, targets, rate, stop), m.Committed)
+        return self._one(m.Commit(push, clock, targets, rate, stop, seconds), m.Committed)
 
     def turn(self, clock: int, *, meet: bool = False) -> Exchange[m.Granted]:
         """Wait until a clock may begin; the bound on staleness is checked here again.
@@ -60,6 +60,11 @@ class Client:
                 f"{granted.floor}: that is more than staleness={self._staleness}, and should never happen"
             )
         return granted
+
+    def lease(self, clock: int, *, until: int | None = None) -> Exchange[m.Granted]:
+        """What to learn from next, or that all have met. After that: where they meet next."""
+        turn = m.Turn(self.worker, self.life, clock, until is not None, until or 0)
+        return self._one(turn, m.Granted)
 
     def pull(self, granted: m.Granted, wanted: Sequence[Any]) -> Exchange[list[Any]]:
         """This rank's parts of the version granted, from each shard."""

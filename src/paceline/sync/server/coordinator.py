@@ -15,6 +15,7 @@ How pushes become versions is the rule of the mode:
             up to c - s - 1, and the reader's own; and with s = 0 it is ``sync``.
     async   (Downpour, Dean et al. 2012) each push is an update of its own, at once; with ``scaled`` divided by its
             staleness + 1 (Zhang et al. 2015, arXiv 1511.05950).
+    local   workers take leases and push what they have moved by: ``local.py``.
 """
 
 import math
@@ -29,7 +30,7 @@ from paceline.sync.server.log import Log, NoLog
 Out = list[tuple[Any, m.Answer]]
 """Answers, each with the token that came with its request."""
 
-Mode = Literal["sync", "async", "stale"]
+Mode = Literal["sync", "async", "stale", "local"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,49 @@ class Rules:
     clip_norm: float | None = None
     """Of ``sync`` and ``stale``: the most that the norm of an update's gradient may be."""
     first_clock: int = 0
-    """Of all workers, in a run that goes on."""
+    """Of all workers, in a run that goes on; of ``local`` the steps of the run that are done."""
+    local: "LocalRules | None" = None
+    """Of ``local``."""
 
     @property
     def measures(self) -> bool:
         """Whether updates wait for the norm of their gradient."""
-        return self.mode != "async"
+        return self.mode in {"sync", "stale"}
+
+    @property
+    def bound(self) -> int | None:
+        """By how many clocks a worker may be ahead of the slowest, if there is a bound."""
+        return self.staleness if self.measures else None
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> "Rules":
+        """From what ``dataclasses.asdict`` gives, also where it went through JSON."""
+        local = plain["local"]
+        return cls(**{**plain, "local": None if local is None else LocalRules(**local)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRules:
+    """What of ``local`` a coordinator holds to besides, and how far it has come where a run goes on."""
+
+    every: int = 1
+    """Local steps between two pushes of a worker."""
+    dynamic: bool = False
+    """Slower workers take fewer."""
+    least: int = 1
+    """But so many at least."""
+    ordered: bool = False
+    """Pushes are applied in the order of the workers, whatever comes first."""
+    delay: int = 1
+    """Pushes in a window of delayed Nesterov."""
+    window: tuple[float, float, float] = (0, 0.0, 0.0)
+    """``Window`` without its delay."""
+    speeds: tuple[float, ...] = ()
+    """Of the workers, steps a second; 0 where it is not known."""
+    steps: tuple[int, ...] = ()
+    """Local steps of each worker so far."""
+    histogram: tuple[tuple[int, int], ...] = ()
+    """Pushes so far by their staleness."""
 
 
 @dataclass
@@ -75,6 +113,12 @@ class Member:
     """The clock it last asked for, and what it was granted then."""
     met: bool = False
     granted: tuple[Any, ...] | None = None
+    lease: m.Lease | None = None
+    """Of ``local``: what it learns from."""
+    length: int = 0
+    """Of its last lease that it pushed of."""
+    speed: float = 0.0
+    steps: int = 0
 
 
 @dataclass
@@ -121,12 +165,7 @@ class Coordinator:
             m.Fetch: self._fetch,
         }
         if log is not None:
-            snapshot, records = log.read()
-            if snapshot is not None:
-                self._restore(snapshot)
-            for request in records:
-                self.handle(None, request)
-            self._log = log
+            self._recover(log)
 
     @property
     def histogram(self) -> Mapping[int, int]:
@@ -151,6 +190,10 @@ class Coordinator:
             self._log.replace(self.snapshot())
         return out
 
+    def told(self) -> dict[str, Any]:
+        """What a worker may ask for, as plain values."""
+        return {"histogram": dict(self.histogram), "dropped": self.dropped}
+
     def snapshot(self) -> dict[str, Any]:
         """All that is remembered, as plain values."""
         state = self._state
@@ -166,10 +209,19 @@ class Coordinator:
             "turns": [m.plain(turn) for _, turn in self._turns.values()],
         }
 
+    def _recover(self, log: Log) -> None:
+        """Be as an earlier one that kept this log."""
+        snapshot, records = log.read()
+        if snapshot is not None:
+            self._restore(snapshot)
+        for request in records:
+            self.handle(None, request)
+        self._log = log
+
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self._state = _State(
             **{key: saved[key] for key in _PLAIN},
-            members=[Member(**member) for member in saved["members"]],
+            members=[_member(member) for member in saved["members"]],
             entries=[m.read(entry) for entry in saved["entries"]],
             pending=[m.read(commit) for commit in saved["pending"]],
             measuring=None if saved["measuring"] is None else dict(saved["measuring"]),
@@ -193,7 +245,8 @@ class Coordinator:
             clock = member.clock if member.alive or not others else max(member.clock, min(others))
             clock = max(clock, state.round) if self.rules.mode == "sync" else clock
             member.life, member.clock, member.alive = request.life, clock, True
-            member.asked, member.granted = -1, None
+            member.asked, member.met, member.granted = -1, False, None
+            self._gone(member)
             self._turns.pop(request.worker, None)
             self._enter(m.Begun(request.worker, request.life, member.number))
             self._advance(out)
@@ -209,6 +262,7 @@ class Coordinator:
             return
         if push.number == member.number + 1:
             self._log.append(request)
+            self._done(member, request)
             member.number, member.clock = push.number, request.clock + 1
             member.kept = self.rules.mode != "sync" or request.clock >= state.round
             if member.kept:
@@ -218,14 +272,13 @@ class Coordinator:
                 state.dropped += 1
                 self._enter(m.Dropped(push))
             if request.stop and state.stop is None:
-                # Whoever is furthest hears of it before the clock that is the last.
-                state.stop = 2 + max(max(other.clock, other.asked) for other in state.members if other.alive)
+                state.stop = self._stops_at()
             self._advance(out)
         out.append((to, m.Committed(push.number, member.kept)))
 
     def _turn(self, to: Any, request: m.Turn, out: Out) -> None:
         member = self._living(to, request.worker, request.life, out)
-        if member is None or request.clock < member.asked:
+        if member is None or (request.clock, request.meet) < (member.asked, member.met):
             return
         if (request.clock, request.meet) == (member.asked, member.met) and member.granted is not None:
             out.append((to, m.Granted(*member.granted)))
@@ -243,6 +296,7 @@ class Coordinator:
             self._log.append(request)
             member.life, member.alive = request.life, False  # also before it has joined: it may not any more
             self._turns.pop(request.worker, None)
+            self._gone(member)
             self._enter(m.Left(request.worker, member.life, member.number))
             self._advance(out)
         out.append((to, m.Done()))
@@ -257,6 +311,18 @@ class Coordinator:
                 state.measuring[request.shard] = squares
         self._forget(request)
         self._advance(out)
+
+    # What rules of a mode may add.
+
+    def _gone(self, member: Member) -> None:
+        """A worker, or an earlier life of it, is not there any more."""
+
+    def _done(self, member: Member, commit: m.Commit) -> None:
+        """A worker has pushed."""
+
+    def _stops_at(self) -> int:
+        """The clock before which the run ends: whoever is furthest hears of it before that."""
+        return 2 + max(max(other.clock, other.asked) for other in self._state.members if other.alive)
 
     # What follows.
 
@@ -403,3 +469,8 @@ class Coordinator:
         granted = m.Granted(clock, state.version, index, self._floor(), member.staleness, state.norm, state.stop)
         member.granted = tuple(granted)
         out.append((to, granted))
+
+
+def _member(saved: Mapping[str, Any]) -> Member:
+    lease = saved["lease"]
+    return Member(**{**saved, "lease": None if lease is None else m.Lease(*lease)})

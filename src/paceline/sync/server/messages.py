@@ -25,6 +25,17 @@ class Term(NamedTuple):
     """The version whose gradient it is."""
 
 
+class Lease(NamedTuple):
+    """Shares of a run that a worker learns from before its next push: ``first``, ``first + stride`` and so on.
+
+    Each step has as many shares as there are workers: share s is part s modulo their number of step s // number + 1.
+    """
+
+    first: int
+    stride: int
+    length: int
+
+
 # The order of things, made by the coordinator and followed by every shard. Each entry has the next number.
 
 
@@ -48,13 +59,15 @@ class Update(NamedTuple):
     """The next version: one step of the optimizer with a weighted sum of gradients.
 
     ``rate``: the optimizer's rate as a share of its peak. ``measured``: shards report the squared norm of their part,
-    and the step waits for ``Measured``.
+    and the step waits for ``Measured``. ``window``: of a pseudo-gradient, the sum of the weights of the window that it
+    closes, and 0 while it stays open; None of a gradient.
     """
 
     version: int
     terms: tuple[Term, ...]
     rate: float
     measured: bool
+    window: float | None = None
 
 
 class Measured(NamedTuple):
@@ -93,7 +106,7 @@ class Join(NamedTuple):
 class Commit(NamedTuple):
     """All parts of a push are with the shards: it may be applied. ``targets`` = 0: it has no gradient.
 
-    ``stop``: this worker was asked to end the run.
+    ``stop``: this worker was asked to end the run. ``seconds``: how long the steps of its lease took.
     """
 
     push: Push
@@ -101,15 +114,20 @@ class Commit(NamedTuple):
     targets: float
     rate: float
     stop: bool = False
+    seconds: float = 0.0
 
 
 class Turn(NamedTuple):
-    """May this worker begin ``clock``, and from which version? ``meet``: wait for all, and read what they read."""
+    """May this worker begin ``clock``, and from which version? ``meet``: wait for all, and read what they read.
+
+    ``until``: of workers that take leases, where all meet next: after so many steps of the run.
+    """
 
     worker: int
     life: int
     clock: int
     meet: bool = False
+    until: int = 0
 
 
 class Leave(NamedTuple):
@@ -177,6 +195,9 @@ class Granted(NamedTuple):
     before it are in. ``entry``: that of the pin. ``staleness``: of the last push of this worker that was applied,
     in versions. ``norm``: of the gradient of the newest version that was measured. ``stop``: the clock before which the
     run ends, if one worker was asked to end it.
+
+    Of workers that take leases: ``lease`` is what to learn from, or None where all have met after ``reached`` steps of
+    the run; ``pace`` the speed of all workers, in that of this one.
     """
 
     clock: int
@@ -186,6 +207,9 @@ class Granted(NamedTuple):
     staleness: int
     norm: float
     stop: int | None
+    lease: Lease | None = None
+    reached: int = 0
+    pace: float = 1.0
 
 
 class Entries(NamedTuple):
@@ -248,7 +272,7 @@ Answer = Joined | Committed | Granted | Entries | Done | Values | Refused
 KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
-        *(Push, Term, Begun, Left, Update, Measured, Dropped, Pin),
+        *(Push, Term, Lease, Begun, Left, Update, Measured, Dropped, Pin),
         *(Join, Commit, Turn, Leave, Fetch, Stage, Pull),
         *(Setup, Fill, Ready, Ask),
         *(Joined, Committed, Granted, Entries, Done, Values, Refused),

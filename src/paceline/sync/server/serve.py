@@ -21,7 +21,9 @@ from paceline.config import choose
 from paceline.registry import OPTIMIZERS
 from paceline.sync.server import messages as m
 from paceline.sync.server.coordinator import Coordinator, Out, Rules
+from paceline.sync.server.delayed_nesterov import DelayedNesterov, PushStore
 from paceline.sync.server.files import FileLog
+from paceline.sync.server.local import LocalCoordinator
 from paceline.sync.server.log import Log
 from paceline.sync.server.place import Places
 from paceline.sync.server.shard import ServerShard
@@ -62,6 +64,7 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._memories = Memories()
         self._coordinator: Coordinator | None = None
+        self._store: TensorStore
         self._shard: ServerShard | None = None
         self._upstream: _Connection | None = None
         self._asked = 0.0
@@ -265,24 +268,24 @@ class Server:
         self._follow_on()
 
     def _build(self, options: Mapping[str, Any]) -> None:
-        rules = Rules(**options["rules"])
+        rules = Rules.of(options["rules"])
         shapes = {name: tuple(shape) for name, shape in options["shapes"].items()}
         dtype = getattr(torch, options["dtype"])
         places = Places(shapes, rules.shards, dtype.itemsize, options["largest_bytes"])
         pieces = places.pieces[self.number]
-        self._store = TensorStore(
-            pieces,
-            {name: len(shape) for name, shape in shapes.items()},
-            choose(OPTIMIZERS, options["optimizer"]),  # type: ignore[arg-type]
-            dtype,
-            Delay(**options["delay"]),
-        )
+        ndims = {name: len(shape) for name, shape in shapes.items()}
+        if rules.local is not None:
+            self._store = PushStore(pieces, ndims, DelayedNesterov(**options["optimizer"]), dtype)
+        else:
+            optimizer: Any = choose(OPTIMIZERS, options["optimizer"])
+            self._store = TensorStore(pieces, ndims, optimizer, dtype, Delay(**options["delay"]))
         size = dtype.itemsize * sum(piece.numel for piece in pieces)
         self._shard = ServerShard(
             self.number, self._store, self._log("shard", _SNAPSHOT_TIMES * size), first_life=options["life"]
         )
         if self.number == 0:
-            self._coordinator = Coordinator(rules, self._log("coordinator", 1 << 20), first_life=options["life"])
+            kind = Coordinator if rules.local is None else LocalCoordinator
+            self._coordinator = kind(rules, self._log("coordinator", 1 << 20), first_life=options["life"])
 
     def _log(self, name: str, longest_bytes: int) -> Log | None:
         folder = self._durability.folder
@@ -291,11 +294,8 @@ class Server:
         return FileLog(folder / name, longest_bytes=longest_bytes + (1 << 20), fsync=self._durability.fsync)
 
     def _told(self) -> dict[str, Any]:
-        histogram = dict(self._coordinator.histogram) if self._coordinator is not None else {}
-        dropped = self._coordinator.dropped if self._coordinator is not None else 0
         return {
-            "histogram": histogram,
-            "dropped": dropped,
+            **(self._coordinator.told() if self._coordinator is not None else {}),
             "version": self._shard.version if self._shard is not None else 0,
             "kept": self._store.kept() if self._shard is not None else {},
         }

@@ -5,7 +5,7 @@ What it needs to come back from is a snapshot of itself, the pushes staged since
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from paceline.sync.server import messages as m
 from paceline.sync.server.coordinator import Out
@@ -48,6 +48,14 @@ class Store(Protocol):
     def load(self, saved: Any) -> Mapping[int, Any]:
         """Be as saved; the copies."""
         ...
+
+
+@runtime_checkable
+class OuterStore(Store, Protocol):
+    """A store whose workers push what they have moved by."""
+
+    def push(self, window: float) -> None:
+        """Go along the sum that was gathered; see ``Update`` for ``window``."""
 
 
 class ServerShard:
@@ -141,7 +149,10 @@ class ServerShard:
             self._measured = (entry.version, squares)
             return
         self._next_version()
-        if gradients:
+        if entry.window is not None:
+            assert isinstance(self.store, OuterStore), self.store
+            self.store.push(entry.window)
+        elif gradients:
             self.store.step(self._rate, 1.0)
 
     def _finish_update(self, scale: float) -> None:
