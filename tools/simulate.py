@@ -3,9 +3,10 @@
     python tools/simulate.py --schedules 20000
     python tools/simulate.py --only 1234        # one of them, told message by message
 
-A schedule is a seed: it says which message arrives next, which is lost or arrives twice, who asks again, and when a
-worker, a shard or the coordinator dies and comes back. After every one all that a server promises is checked. The first
-that breaks a promise is made smaller (faults, workers, clocks are left out while it still breaks) and printed.
+A schedule is a seed: it says which message arrives next, which is lost or arrives twice, who asks again, when a
+worker, a shard or the coordinator dies and comes back, and when a worker leaves, or is taken for dead and is not. After
+every one all that a server promises is checked. The first that breaks a promise is made smaller (faults, workers and
+clocks are left out while it still breaks) and printed.
 """
 
 import argparse
@@ -17,12 +18,21 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
+from paceline.errors import LinkError
+from paceline.optim.adamw import AdamW
+from paceline.optim.sgd import SGD
 from paceline.sync.server import messages as m
-from paceline.sync.server.client import COORDINATOR, Client
+from paceline.sync.server.client import COORDINATOR, Client, GivenUp
+from paceline.sync.server.codec import Boxed, Mixed, Rows
 from paceline.sync.server.coordinator import Coordinator, LocalRules, Rules
 from paceline.sync.server.local import LocalCoordinator
 from paceline.sync.server.log import MemoryLog
+from paceline.sync.server.mixed import MixedStore
+from paceline.sync.server.place import Piece
 from paceline.sync.server.shard import Gradient, ServerShard
+from paceline.sync.server.store import Delay, TensorStore
 
 SUPERVISOR = -1
 """Who says that a worker is dead."""
@@ -44,12 +54,14 @@ class Case:
     """Of each worker; of ``local`` the steps of the run."""
     faults: int
     """At most so many."""
+    meets: int = 0
+    """All meet at every so many clocks, and at the end; of ``local`` after so many steps of the run."""
+    rows: bool = False
+    """Parameters are real ones, of which pushes have rows."""
     log_records: int = 1_000_000
     """After so many a server takes a snapshot of itself."""
     muted: frozenset[int] = frozenset()
     """Faults that are left out, by the order in which they would happen."""
-    meet: int = 1
-    """Of ``local``: after every so many steps all meet."""
     stops: bool = False
     """Of ``local``: worker 0 is asked to end the run."""
 
@@ -74,8 +86,9 @@ class Case:
             clocks=draw.randint(1, 3),
             faults=draw.choice([0, 4, 8, 12]),
             log_records=draw.choice([3, 8, 1_000_000, 1_000_000]),
-            meet=draw.randint(1, 3),
+            meets=draw.randint(1, 3) if mode == "local" else draw.choice([0, 0, 1, 2]),
             stops=draw.random() < 0.2,
+            rows=mode != "local" and draw.random() < 0.02,
         )
 
 
@@ -99,7 +112,7 @@ class CountingStore:
         self._open: tuple[float, ...] = ()
         self._version = 0
 
-    def gather(self, gradients: Sequence[Gradient]) -> float:
+    def gather(self, gradients: Sequence[Gradient], *, measured: bool) -> float:
         """All ranks' parts of each must be here, and be what was sent to this shard."""
         pushes = []
         for gradient in gradients:
@@ -135,6 +148,9 @@ class CountingStore:
         """Tuples do not change."""
         return self._value
 
+    def release(self, copy: Any) -> None:
+        """Nothing to do."""
+
     def read(self, copy: Any, wanted: Any) -> Any:
         """The tuple."""
         return self._value if copy is None else copy
@@ -147,6 +163,84 @@ class CountingStore:
         """Everything."""
         self._value, self._version, self._open, copies = saved
         return dict(copies)
+
+
+class RowStore(CountingStore):
+    """The same, beside a small table of which pushes have rows, and the same table of which they have all: real ones,
+    which have to be equal whenever they are read."""
+
+    PIECES = (Piece("table", (0, 0), (3, 2)), Piece("table", (5, 0), (4, 2)), Piece("other", (0,), (2,)))
+
+    def __init__(self, shard: int, ranks: int, truth: dict[int, tuple[m.Push, ...]]) -> None:
+        super().__init__(shard, ranks, truth)
+        optimizer = SGD(lr=0.5, momentum=0.9, weight_decay=0.1) if shard else AdamW(lr=0.1, weight_decay=0.5)
+        ndims = {"table": 2, "other": 1}
+        self._pieces = self.PIECES
+        self._rows = MixedStore(self._pieces, ndims, optimizer, torch.float64, Delay(), {"table"})
+        self._dense = TensorStore(self._pieces, ndims, optimizer, torch.float64)
+
+    def gather(self, gradients: Sequence[Gradient], *, measured: bool) -> float:
+        """Gradients follow from the names of the pushes."""
+        squares = super().gather(gradients, measured=measured)
+        rows, dense = [], []
+        for gradient in gradients:
+            (push,) = {part[0] for part in gradient.parts.values()}
+            mixed, whole = self._of(push)
+            rows.append(Gradient(gradient.weight, {0: mixed}, None, push.worker))
+            dense.append(Gradient(gradient.weight, {0: whole}, None, push.worker))
+        self._rows.gather(rows, measured=False)
+        self._dense.gather(dense, measured=False)
+        return squares
+
+    def step(self, rate: float, scale: float) -> None:
+        """Of both."""
+        super().step(rate, scale)
+        self._rows.step(rate, 1.0)
+        self._dense.step(rate, 1.0)
+
+    def copy(self) -> Any:
+        """Of both."""
+        return super().copy(), self._rows.copy(), self._dense.copy()
+
+    def release(self, copy: Any) -> None:
+        """Of both."""
+        self._rows.release(copy[1])
+        self._dense.release(copy[2])
+
+    def read(self, copy: Any, wanted: Any) -> Any:
+        """Some rows, then all; they are what they would be if all had taken every step."""
+        value, rows, dense = copy or (None, None, None)
+        boxes = [(number, (0, 0), self._pieces[number].shape) for number in (0, 1)]
+        for some in (torch.tensor([len(self._value) % 3], dtype=torch.int32), None):
+            asked = tuple((box, some) for box in boxes)
+            for box, late in zip(boxes, self._rows.read(rows, ((), None, None, asked)), strict=True):
+                (whole,) = self._dense.read(dense, ((box,), None))
+                own = whole.view(box[2]) if some is None else whole.view(box[2])[some.long()]
+                _promise(torch.allclose(late, own, rtol=1e-10, atol=1e-12), f"rows are {late}, not {own}")
+        return super().read(value, wanted)
+
+    def save(self, copies: Mapping[int, Any]) -> Any:
+        """Everything."""
+        values, rows, dense = ({version: copy[i] for version, copy in copies.items()} for i in range(3))
+        return super().save(values), self._rows.save(rows), self._dense.save(dense)
+
+    def load(self, saved: Any) -> Mapping[int, Any]:
+        """Everything."""
+        values, rows, dense = super().load(saved[0]), self._rows.load(saved[1]), self._dense.load(saved[2])
+        return {version: (values[version], rows[version], dense[version]) for version in values}
+
+    def _of(self, push: m.Push) -> tuple[Mixed, Boxed]:
+        draw = torch.Generator().manual_seed(hash((*push, self._shard)) % (1 << 62))
+        rows, whole = [], []
+        for number, piece in enumerate(self._pieces):
+            values = torch.randn(piece.shape, generator=draw, dtype=torch.float64)
+            if piece.name == "table":
+                ids = (torch.rand(piece.shape[0], generator=draw) < 0.4).nonzero().view(-1)
+                rows.append(Rows((number, (0, 0), piece.shape), ids.to(torch.int32), values[ids]))
+                values = torch.zeros(piece.shape, dtype=torch.float64).index_copy_(0, ids, values[ids])
+            whole.append(values.reshape(-1))
+        boxes = tuple((number, (0,) * len(piece.shape), piece.shape) for number, piece in enumerate(self._pieces))
+        return Mixed(Boxed(boxes[2:], whole[2]), tuple(rows)), Boxed(boxes, torch.cat(whole))
 
 
 @dataclass
@@ -213,18 +307,24 @@ class Simulation:
             self._start_server(server)
         for worker in self._workers:
             self._start_worker(worker)
-        while len(self._finished | self._left) < len(self._workers) or self._is_behind():
+        while not all(map(self._is_through, self._workers)) or self._is_behind():
             self.events += 1
             if self.events == MOST_EVENTS:
                 raise BrokenPromise(f"nothing ends: {self._standing()}")
             self._event()
         self._check_end()
 
+    def _is_through(self, worker: int) -> bool:
+        gone = worker in self._left and self._workers[worker].program is None
+        return gone or worker in self._finished
+
     # What happens next.
 
     def _event(self) -> None:
         if self.happened < self.case.faults and self._draw() < 0.03:
             self._kill()
+        if self.happened < self.case.faults and self._draw() < 0.01:
+            self._give_up()
         if len(self._servers) <= len(self._fetchers) and self._draw() < 0.1:
             down = [s for s in (COORDINATOR, *self._fetchers) if s not in self._servers]
             self._start_server(self._pick(down))
@@ -283,6 +383,12 @@ class Simulation:
         else:
             self._workers[who] = _Asker()
 
+    def _give_up(self) -> None:
+        """Take a worker for dead that is not."""
+        here = [w for w, asker in self._workers.items() if asker.program and w not in self._finished]
+        if here and not self._supervisor.waiting and self._fault("given up", worker := self._pick(here)):
+            self._ask(("supervisor", 0), [(COORDINATOR, m.Leave(worker, self._lives[worker]))])
+
     def _replace(self, worker: int) -> None:
         """Start a dead worker again, or say that it is dead, which may come first."""
         if worker not in self._left and self._draw() < 0.4 and not self._supervisor.waiting:
@@ -300,7 +406,9 @@ class Simulation:
             self._servers[server] = self._make_coordinator(self.case.rules, self._logs[-1])
             return
         local = self.case.rules.local
-        store = CountingStore(server, self.case.ranks, self._versions, local.delay if local else 0)
+        store: Any = RowStore(server, self.case.ranks, self._versions)
+        if not self.case.rows:
+            store = CountingStore(server, self.case.ranks, self._versions, local.delay if local else 0)
         shard = self._make_shard(server, store, self._logs[server])
         self._servers[server] = shard
         self._fetchers[server] = _Asker()
@@ -316,6 +424,16 @@ class Simulation:
         self._ask(("worker", worker), next(asker.program))
 
     def _program(self, worker: int, life: int) -> Generator[Any, Any, None]:
+        """A replica that joins again whenever it hears that it was given up, or has left."""
+        while True:
+            try:
+                return (yield from self._live(worker, life))
+            except GivenUp:
+                life = self._lives[worker] = self._lives[worker] + 1
+                self._left.discard(worker)
+                self._tell("worker", worker, "comes back with life", life)
+
+    def _live(self, worker: int, life: int) -> Generator[Any, Any, None]:
         """A replica of some ranks: what the strategy does, in small."""
         rules, clocks = self.case.rules, self.case.clocks
         staleness = None if rules.mode == "async" else rules.staleness
@@ -326,12 +444,20 @@ class Simulation:
         joined = yield from leader.join()
         number, clock = joined.number, joined.clock
         while True:
-            granted = yield from leader.turn(clock, meet=clock >= clocks)
-            if granted.clock == clocks > clock:  # others did not wait: this worker is at the end too
-                granted = yield from leader.turn(clocks, meet=True)
-            clock = granted.clock
+            granted = yield from leader.turn(clock, meet=self._meets(clock))
+            if granted.clock > clock and self._meets(
+                granted.clock
+            ):  # others did not wait: it meets them where they are
+                granted = yield from leader.turn(granted.clock, meet=1)
+            clock, has_joined = granted.clock, clock == joined.clock
             parts = yield from _together([rank.pull(granted, [None] * rules.shards) for rank in ranks])
             self._check_read(worker, granted, [content for rank in parts for content in rank])
+            if self._meets(clock):
+                again = yield from leader.turn(clock, meet=2)
+                still = again.version == granted.version or has_joined
+                _promise(still, f"{worker} met others at {granted.version}, and they went on before it was ready")
+                parts = yield from _together([rank.pull(again, [None] * rules.shards) for rank in ranks])
+                self._check_read(worker, again, [content for rank in parts for content in rank])
             if clock >= clocks:
                 break
             number += 1
@@ -342,6 +468,9 @@ class Simulation:
             committed = yield from leader.commit(number, clock=clock, targets=1.0 + worker, rate=1.0)
             _promise(committed.number == number, f"worker {worker} was told of push {committed.number}, not {number}")
             clock += 1
+            if self._draw() < 0.05 and self._fault("left", worker):
+                yield from leader.leave()
+                raise GivenUp
         yield from leader.leave()
         self._finished.add(worker)
 
@@ -361,7 +490,7 @@ class Simulation:
                 self._reached = granted.reached
                 if granted.reached == steps or granted.stop is not None:
                     break
-                until = min(steps, (granted.reached // self.case.meet + 1) * self.case.meet)
+                until = min(steps, (granted.reached // self.case.meets + 1) * self.case.meets)
                 granted = yield from leader.lease(clock, until=until)
                 _promise(granted.lease is not None, f"worker {worker} began with nothing to do")
                 continue
@@ -383,6 +512,10 @@ class Simulation:
             granted = yield from leader.lease(clock)
         yield from leader.leave()
         self._finished.add(worker)
+
+    def _meets(self, clock: int) -> bool:
+        every = self.case.meets
+        return clock >= self.case.clocks or (every > 0 and clock > 0 and clock % every == 0)
 
     # Messages.
 
@@ -587,7 +720,7 @@ def broken(case: Case, **logic: Any) -> str | None:
     """What goes wrong in a schedule, if anything does."""
     try:
         Simulation(case, **logic).run()
-    except (BrokenPromise, AssertionError, LookupError) as error:
+    except (BrokenPromise, AssertionError, LookupError, LinkError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -610,6 +743,10 @@ def _simpler(case: Case) -> Generator[Case, None, None]:
         yield replace(case, clocks=case.clocks - 1)
     if case.ranks > 1:
         yield replace(case, ranks=1)
+    if case.meets and case.rules.local is None:
+        yield replace(case, meets=0)
+    if case.rows:
+        yield replace(case, rows=False)
     if rules.shards > 1:
         yield replace(case, rules=replace(rules, shards=1))
     if rules.workers > max(1, rules.backups + 1):
@@ -645,7 +782,7 @@ def main() -> int:
         simulation = Simulation(Case.of(seed))
         try:
             simulation.run()
-        except (BrokenPromise, AssertionError, LookupError):
+        except (BrokenPromise, AssertionError, LookupError, LinkError):
             print(told(shrunk(Case.of(seed))))
             print(f"schedule {seed} breaks a promise; the whole of it: python tools/simulate.py --only {seed}")
             return 1

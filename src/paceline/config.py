@@ -410,6 +410,11 @@ class Config(Options):
         return not self.keeps_equal or any(getattr(sync, "keeps_own", False) for sync in self.syncs)
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether a run goes on without a replica that is gone, unless it is the first."""
+        return any(getattr(sync, "is_elastic", False) for sync in self.syncs)
+
+    @property
     def in_rounds(self) -> bool:
         """Whether a step is a round: clients take steps of their own, one after the other, at each replica."""
         return any(getattr(sync, "in_rounds", False) for sync in self.syncs)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from loops import config, distance, run_all
+from loops import LLAMA, config, distance, run_all
 from paceline.comm import link
 from paceline.comm.mesh import Mesh
-from paceline.errors import ConfigError, PlanError
+from paceline.errors import ConfigError, PlanError, WorkerError
 from paceline.optim.adamw import AdamW
 from paceline.parallel.precision import Masters
 from paceline.plan.run import plan_run
@@ -62,6 +62,65 @@ def test_in_lock_step_it_is_all_reduce(layout, pool, tmp_path):
         assert distance(one, other) <= FP64_EQUAL
     assert distance(ran["sync"].states[0], ran["stale"].states[0]) == 0.0
     assert distance(ran["sync"].states[0], ran["sync"].states[1]) == 0.0
+
+
+UNTIED = {"model": {"config": {**LLAMA, "tie_word_embeddings": False}}}
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"shard": 2}, {"tensor": 2}, {"pipeline": 2}], ids=lambda cut: next(iter(cut), "")
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_pushing_rows_learns_what_pushing_all_does(optimizer, layout, pool, tmp_path):
+    """Every loss, weight and moment, in fp64; and fewer bytes than are said to be the most."""
+    optimizers = {
+        "adamw": {"name": "adamw", "lr": 0.01, "weight_decay": 0.3},
+        "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
+    }
+    server = {"name": "parameter_server", "servers": 3}
+    runs = [
+        run(
+            sync,
+            tmp_path / key,
+            layout=layout,
+            batch={"sequences": 4, "sequence_tokens": 5},
+            **UNTIED,
+            optimizer=optimizers[optimizer],
+        )
+        for key, sync in {"whole": "all_reduce", "all": server, "rows": {**server, "sparse": True}}.items()
+    ]
+    whole, every, rows = run_all(pool, runs)
+    for one, other in zip(whole.losses, rows.losses, strict=True):
+        assert one == pytest.approx(other, rel=FP64_EQUAL)
+    for one, other in zip(whole.states, rows.states, strict=True):
+        assert distance(one, other) <= FP64_EQUAL
+    assert distance(rows.states[0], rows.states[1]) == 0.0
+    assert sum(rows.sent_bytes) < sum(every.sent_bytes)
+
+
+@pytest.mark.parametrize("options", [{"mode": "stale", "staleness": 1}, {"mode": "async", "compensation": "constant"}])
+def test_replicas_that_push_rows_at_their_own_pace_agree_where_they_meet(options, pool, tmp_path):
+    options = {"name": "parameter_server", "sparse": True, **options}
+    train = {"steps": 12, "clip_norm": 1.0}
+    settings = run(options, tmp_path, replicas=3, train=train, checkpoint={"every": 4}, evaluate={"every": 4}, **UNTIED)
+    (ran,) = run_all(pool, [settings])
+    assert distance(ran.weights[0], ran.weights[1]) == distance(ran.weights[0], ran.weights[2]) == 0.0
+    assert len(set(ran.evaluations)) == 1
+    assert all(losses[-1] < losses[0] for losses in ran.losses)
+
+
+def test_rows_of_a_run_that_goes_on_from_a_save_between_meetings(pool, tmp_path):
+    """What is saved has all rows, though a rank had only those of its batch."""
+    sparse = {"name": "parameter_server", "sparse": True}
+    (whole,) = run_all(pool, [run("all_reduce", tmp_path / "whole", **UNTIED)])
+    run_all(pool, [run(sparse, tmp_path / "cut", **UNTIED)], until=2)
+    (after,) = run_all(pool, [run(sparse, tmp_path / "cut", **UNTIED)])
+    assert distance(whole.states[0], after.states[0]) <= FP64_EQUAL
+
+
+def test_rows_of_a_table_that_is_the_head_too_are_refused(pool, tmp_path):
+    with pytest.raises(WorkerError, match="or the output head too"):
+        run_all(pool, [run({"name": "parameter_server", "sparse": True}, tmp_path)])
 
 
 def test_a_run_of_one_goes_on_under_the_other(pool, tmp_path):
@@ -143,15 +202,24 @@ def test_a_run_whose_servers_are_killed_goes_on_with_the_same_result(pool, tmp_p
         ({"reduction": "bf16"}, "sums in fp32"),
         ({"regularisation": {"l2": 0.1}}, "l2=0.1 with sync=parameter_server"),
         ({"train": {"clip_value": 0.1}}, "clip_value=0.1 with sync=parameter_server"),
+        ({"sync": {"sparse": True}, "average": {"name": "ema"}}, "an average needs all rows in every step"),
+        (
+            {"sync": {"mode": "async", "lease_s": 9}, "early_stop": {"patience": 2}, "evaluate": {"every": 1}},
+            "a replica may be gone",
+        ),
     ],
 )
 def test_what_servers_cannot_do_is_refused(other, reason, tmp_path):
     with pytest.raises(PlanError, match=reason):
-        plan_run(run({"name": "parameter_server"}, tmp_path, **other))
+        plan_run(run({"name": "parameter_server", **other.pop("sync", {})}, tmp_path, **other))
 
 
 def test_levels_and_options_that_do_not_belong_are_refused(tmp_path):
     with pytest.raises(PlanError, match="one level of several"):
         plan_run(run(["all_reduce", "parameter_server"], tmp_path, replicas=[2, 2]))
+    with pytest.raises(ConfigError, match="lease_s is for mode=async or stale"):
+        run({"name": "parameter_server", "lease_s": 5}, tmp_path)
+    with pytest.raises(ConfigError, match="use compensation=constant"):
+        run({"name": "parameter_server", "mode": "async", "sparse": True, "compensation": "adaptive"}, tmp_path)
     with pytest.raises(ConfigError, match="are for mode=async, got mode=stale"):
         run({"name": "parameter_server", "mode": "stale", "scale_rate": True}, tmp_path)

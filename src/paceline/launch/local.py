@@ -45,7 +45,8 @@ class LocalRun:
 
     ``messages()`` yields what they send until all have finished. If one dies or reports an error the others are ended
     and ``WorkerError`` (or the rank's own message) names it; nothing is left running. The first Ctrl-C or SIGTERM asks
-    the ranks to stop; a Ctrl-C after that ends them at once, with ``KeyboardInterrupt``.
+    the ranks to stop; a Ctrl-C after that ends them at once, with ``KeyboardInterrupt``. ``is_elastic``: a replica of
+    which a rank dies is ended alone, unless it is the first, and a message says so.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class LocalRun:
         logs: Path,
         debug: bool = False,
         servers: Servers | None = None,
+        is_elastic: bool = False,
     ) -> None:
+        self._is_elastic = is_elastic
         # All are forked before this process has any thread: the store's is started after them.
         self._beside: list[Child] = []
         if servers is not None:
@@ -97,6 +100,7 @@ class LocalRun:
                 yield from self._receive(pending)
                 if self._abandoned:
                     raise KeyboardInterrupt
+                yield from self._lose()
                 self._raise_failures()
         for child in self._children.values():
             child.process.join(_GRACE_S)
@@ -136,6 +140,21 @@ class LocalRun:
                 child.finished = True
             else:
                 yield rank, message
+
+    def _lose(self) -> Iterator[tuple[int, Message]]:
+        """Go on without replicas of which a rank has died, where that can be."""
+        replica_of = {rank.coordinates.global_rank: rank.coordinates.replica for rank in self.ranks}
+        dead = {replica_of[r]: child for r, child in self._children.items() if child.error and child.error.get("died")}
+        for replica, child in dead.items():
+            if not self._is_elastic or replica == 0:
+                continue
+            assert child.error is not None
+            message = f"{child.error['message']}; the others go on without replica {replica}. Its log: {child.log}"
+            for rank, other in self._children.items():
+                if replica_of[rank] == replica:
+                    other.process.kill()
+                    other.finished, other.error = True, None
+            yield 0, {"kind": "lost", "message": message}
 
     def _raise_failures(self) -> None:
         for child in self._beside:

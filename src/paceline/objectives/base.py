@@ -59,6 +59,12 @@ class Batch:
     twice: bool = False
     """The gradient of the loss is to be differentiated in its turn."""
 
+    @property
+    def tokens(self) -> Tensor:
+        """Those that the model looks up, (N,) int64."""
+        ids = [value for key, value in self.inputs.items() if key.endswith("input_ids") and isinstance(value, Tensor)]
+        return torch.cat([each.view(-1) for each in (*ids, *(() if self.mixed is None else (self.mixed.ids,)))])
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}

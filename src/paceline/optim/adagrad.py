@@ -25,6 +25,10 @@ class Adagrad(GroupedConfig):
     source: ClassVar[str] = "Duchi et al. 2011, JMLR 12"
     code: ClassVar[str] = "torch.optim.Adagrad, fused"
 
+    def rests(self, weight_decay: float) -> bool:
+        """Without decay."""
+        return weight_decay == 0
+
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The sum of squares."""
         return values_bytes(shapes, 1, value_bytes)

@@ -67,6 +67,10 @@ class OptimizerConfig(Options):
     differentiates_twice: ClassVar[bool] = False
     """Whether it takes the derivative of a gradient, which not all code can."""
 
+    def rests(self, weight_decay: float) -> bool:
+        """Whether a step without a gradient leaves values, and what is kept of them, where they are."""
+        return False
+
     @abstractmethod
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """Bytes of state, scalars apart, that all ranks together keep for parameters of ``value_bytes`` a value."""

@@ -30,6 +30,10 @@ class SGD(GroupedConfig):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0")
 
+    def rests(self, weight_decay: float) -> bool:
+        """Without momentum and decay."""
+        return self.momentum == 0 and weight_decay == 0
+
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The momentum, if there is any."""
         return values_bytes(shapes, int(self.momentum > 0), value_bytes)

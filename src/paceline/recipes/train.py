@@ -93,6 +93,7 @@ def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: S
         logs=output / "logs",
         debug=debug,
         servers=parameter_servers(config, output),
+        is_elastic=config.is_elastic,
     )
     shown: Tracker | None = None
     first_loss_s = None
@@ -107,6 +108,8 @@ def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: S
                     shown = display(config.track.display, RunInfo(**info), sys.stdout)
                 case {"kind": "done", "result": result}:
                     done = result
+                case {"kind": "lost", "message": message}:
+                    say(message)
                 case {"kind": "step" | "evaluation" | "event" as kind, "record": record}:
                     if first_loss_s is None and kind == "step":
                         first_loss_s = time.perf_counter() - start

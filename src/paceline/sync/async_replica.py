@@ -13,9 +13,10 @@ from paceline.errors import TrainError
 from paceline.plan.wire import all_reduce_bytes
 from paceline.sync.alone import wide
 from paceline.sync.base import Share, SyncContext, SyncState, check_equal_start
-from paceline.sync.served import Servers, as_remote, owned, whole_shapes
+from paceline.sync.served import Servers, as_remote, owned
 from paceline.sync.server import messages as m
 from paceline.sync.server.channel import Channel
+from paceline.sync.server.contents import full_shapes
 from paceline.sync.server.coordinator import LocalRules, Rules
 from paceline.sync.server.delayed_nesterov import DelayedNesterov, Window
 from paceline.sync.server.store import Delay
@@ -61,10 +62,10 @@ class AsyncLocalSync:
         self._channel: Channel | None = None
         self._is_open = False
         self._life = self._number = self._clock = 0
-        self.reached = 0
+        self.at = 0
         """Steps of the run that are done by all."""
         self._granted: m.Granted
-        self._at = 0  # in the lease
+        self._taken = 0  # in the lease
         self._began = 0.0
         self._count = self._learned = 0
         self._asked = False
@@ -77,7 +78,8 @@ class AsyncLocalSync:
     def start(self, replica: Replica) -> None:
         """Check that replicas start equal, find the servers, and make places for what they keep."""
         check_equal_start(self._link, replica)
-        self._servers = Servers(self._context, as_remote(replica), self._options.servers, self._options.timeout_s)
+        self._servers = Servers(self._context, self._options.servers, self._options.timeout_s)
+        self._servers.find(as_remote(replica))
         self._base = {shard.name: shard.local.clone() for shard in replica.shards}
         self._buffer = {name: torch.zeros_like(wide(t)) for name, t in self._base.items()}
         if self._rule.momentum > 0:
@@ -93,9 +95,11 @@ class AsyncLocalSync:
             self._go_on(remote, until)
         lease = self._granted.lease
         assert lease is not None
-        if self._at == 0:
+        if self._taken == 0:
             self._began = time.perf_counter()
-        shares = range(lease.first + self._at * lease.stride, lease.first + lease.length * lease.stride, lease.stride)
+        shares = range(
+            lease.first + self._taken * lease.stride, lease.first + lease.length * lease.stride, lease.stride
+        )
         return [Share(share // self._link.size + 1, share % self._link.size) for share in shares]
 
     def begin(self, step: int, replica: Replica, count: int) -> int:
@@ -118,17 +122,17 @@ class AsyncLocalSync:
             return finish
         lease = self._granted.lease
         assert lease is not None, "a step without a share: claim one first"
-        self._at += 1
+        self._taken += 1
         self._learned += self._count * finish.stepped
         self._kept.steps += 1
-        if self._at < lease.length:
+        if self._taken < lease.length:
             return finish
         self._exchange(as_remote(replica))
         return replace(finish, stop=self._granted.lease is None and self._granted.stop is not None)
 
     def is_agreed(self, step: int) -> bool:
         """Where all have met."""
-        return not self._is_open or (self._granted.lease is None and step == self.reached)
+        return not self._is_open or (self._granted.lease is None and step == self.at)
 
     def agreed(self, replica: Replica) -> Mapping[str, Tensor]:
         """Where replicas meet they hold the same."""
@@ -230,9 +234,9 @@ class AsyncLocalSync:
             int(reached),
             pace,
         )
-        self._at, self.pace = 0, pace
+        self._taken, self.pace = 0, pace
         if self._granted.lease is None:
-            self.reached = self._granted.reached
+            self.at = self._granted.reached
 
     def _meets(self, step: int) -> bool:
         return step == self._context.steps or self._context.meets(step)
@@ -258,10 +262,10 @@ class AsyncLocalSync:
         )
         rules = Rules(workers=link.size, shards=options.servers, mode="local", first_clock=done, local=local)
         self._life += 1
-        self._number, self._clock, self._at, self.reached = 0, done, 0, done
+        self._number, self._clock, self._taken, self.at = 0, done, 0, done
         if self._channel is not None:
             self._channel.close()
-        self._channel = servers.channel(replica, rules, whole_shapes(replica, self._context))
+        self._channel = servers.channel(replica, rules, full_shapes(replica, self._context.shapes))
         if link.index == 0 and replica.is_first:
             self._channel.set_up(self._life, optimizer=rule.model_dump(mode="json"), delay=Delay())
         servers.barrier(replica)

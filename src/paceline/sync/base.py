@@ -41,6 +41,8 @@ class SyncContext:
 
     shapes: Shapes | None = None
     """Of all parameters of the whole model that learn; None if every rank has a part of each."""
+    lookups: frozenset[str] = frozenset()
+    """Parameters of the whole model of which a batch uses nothing but the rows of its tokens."""
     servers: Sequence[tuple[str, int]] = ()
     """Where server processes that were started beside the ranks listen."""
     meets: Callable[[int], bool] = field(default=lambda _: False)
@@ -153,6 +155,9 @@ class Remembering(Protocol):
 class Serving(Protocol):
     """A strategy whose servers hold what is otherwise the replica's."""
 
+    at: int
+    """The step after which this replica goes on; later than its last one where others have learned without it."""
+
     def restored(self) -> None:
         """Weights and the optimizer's state were set from outside: servers have to begin with these."""
 
@@ -176,6 +181,11 @@ class Claiming(Protocol):
     """A strategy whose replicas learn from what is next, in place of a part of each step: each takes as many steps of
     its own as it has time for. All parts of all steps are learned from once."""
 
+    at: int
+    """After a step: after how many steps of the run all have met."""
+    pace: float
+    """The speed of all replicas, in that of this one."""
+
     def claim(self, done: int, replica: Replica) -> Sequence[Share]:
         """Before a step: what this replica learns from in it, and may in those after it. All ranks of it call this.
 
@@ -183,15 +193,13 @@ class Claiming(Protocol):
         """
         ...
 
-    @property
-    def reached(self) -> int:
-        """After a step: after how many steps of the run all have met."""
-        ...
 
-    @property
-    def pace(self) -> float:
-        """The speed of all replicas, in that of this one."""
-        ...
+@runtime_checkable
+class Fetching(Protocol):
+    """A strategy that gets what a step needs when it is known."""
+
+    def fetch(self, replica: Replica, ids: torch.Tensor) -> None:
+        """Before a step: ``ids`` are the tokens that this rank's batches look up, each once."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What strategies have in common whose parameters are held by servers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor
@@ -19,20 +19,30 @@ from paceline.sync.server.place import Places
 class Servers:
     """The servers of one rank: those that were started beside the ranks, or threads of the first rank of all."""
 
-    def __init__(self, context: SyncContext, replica: Remote, servers: int, timeout_s: float) -> None:
-        self._context, self._link, self._count = context, context.link, servers
-        self._device = replica.shards[0].local.device if replica.shards else torch.device("cpu")
+    def __init__(self, context: SyncContext, servers: int, timeout_s: float) -> None:
+        self._context, self._link, self._count, self._timeout_s = context, context.link, servers, timeout_s
         self._threads: ServerThreads | None = None
-        addresses = list(context.servers) or self._own(replica)
-        self.caller = Caller(addresses, timeout_s=timeout_s)
+        self.caller: Caller
+
+    def find(self, replica: Remote) -> None:
+        """Know where they are; all ranks call this, unless servers were started beside them."""
+        addresses = list(self._context.servers) or self._own(replica)
+        self.caller = Caller(addresses, timeout_s=self._timeout_s)
         self._shared = all(host.startswith("127.") for host, _ in addresses)
 
-    def channel(self, replica: Remote, rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> Channel:
-        """To the servers, for the tensors of this rank; ``shapes`` are those of whole parameters."""
+    def channel(
+        self,
+        replica: Remote,
+        rules: Rules,
+        shapes: Mapping[str, tuple[int, ...]],
+        tables: Set[str] = frozenset(),
+    ) -> Channel:
+        """To the servers, for the tensors of this rank; ``shapes`` are those of whole parameters, of ``tables`` rows
+        are pushed."""
         dtype = dtype_of(replica)
         return Channel(
             self.caller,
-            Places(shapes, self._count, dtype.itemsize),
+            Places(shapes, self._count, dtype.itemsize, tables=frozenset(tables)),
             {shard.name: shard.part for shard in replica.shards},
             dtype=dtype,
             worker=self._link.index,
@@ -50,7 +60,7 @@ class Servers:
     def barrier(self, replica: Remote) -> None:
         """All ranks of all replicas are here."""
         replica.sum_of(torch.zeros(1))
-        nothing = torch.zeros(1, device=self._device)
+        nothing = torch.zeros(1, device=_device(replica))
         self._link.all_reduce(nothing).wait()
         self._link.count(-all_reduce_bytes(nothing.nbytes, self._link.size))  # it carries no payload
         replica.sum_of(torch.zeros(1))
@@ -61,7 +71,7 @@ class Servers:
         if self._link.index == 0 and replica.is_first:
             self._threads = ServerThreads(self._count)
             ports = torch.tensor([port for _, port in self._threads.addresses], dtype=torch.float64)
-        ports = replica.sum_of(ports).to(self._device)
+        ports = replica.sum_of(ports).to(_device(replica))
         self._link.broadcast(ports).wait()
         return [("127.0.0.1", int(port)) for port in ports.tolist()]
 
@@ -80,16 +90,10 @@ def dtype_of(replica: Remote) -> torch.dtype:
     return dtypes.pop() if dtypes else torch.float32
 
 
-def whole_shapes(replica: Remote, context: SyncContext) -> dict[str, tuple[int, ...]]:
-    """Of whole parameters."""
-    if context.shapes is not None:
-        return {name: tuple(shape) for name, shape in context.shapes.items()}
-    return {
-        shard.name: shard.part.full_shape if shard.part is not None else tuple(shard.local.shape)
-        for shard in replica.shards
-    }
-
-
 def owned(replica: Remote) -> list[Shard]:
     """What this rank gives the servers: of ranks with equal values exactly one does."""
     return [shard for shard in replica.shards if replica.owns(shard.name)]
+
+
+def _device(replica: Remote) -> torch.device:
+    return replica.shards[0].local.device if replica.shards else torch.device("cpu")

@@ -196,6 +196,7 @@ def put_together(
     model, source, options, context = material.model, material.source, material.options, material.context
     sizes = model_sizes(model, context.special.vocabulary)
     shapes = {info.name: info.shape for info in describe(model) if info.trainable}
+    lookups = looked_up(model)
     if source and source.attention == "auto":
         choose(
             model,
@@ -262,6 +263,7 @@ def put_together(
             world.links,
             full=built.replica.full,
             shapes=shapes,
+            lookups=lookups,
             **_of_run(config, world, material),
         ),
         variant=variant,
@@ -377,6 +379,18 @@ def model_sizes(model: nn.Module, vocabulary: int) -> ModelSizes:
     )
 
 
+def looked_up(model: nn.Module) -> frozenset[str]:
+    """The input embedding's table, if only embeddings have it: a batch uses only the rows of its tokens."""
+    hugging_face: Any = model
+    embedding = hugging_face.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if not isinstance(embedding, nn.Embedding):
+        return frozenset()
+    table = embedding.weight
+    users = [module for module in model.modules() if any(p is table for p in module._parameters.values())]
+    names = (name for name, parameter in model.named_parameters() if parameter is table)
+    return frozenset(names) if all(isinstance(user, nn.Embedding) for user in users) else frozenset()
+
+
 def objective_context(config: Config, prepared: Prepared, source: ModelSource | None) -> ObjectiveContext:
     """What the objective is told about tokenizer, model and batch."""
     decoder_start = None
@@ -428,11 +442,13 @@ def _held_out(prepared: Prepared, row_tokens: int, overlap: int) -> list[Rows]:
 
 
 def _evaluator(config: Config, world: World, material: Material, built: Built, batch: BatchPlan) -> HeldOut:
+    shard = world.mesh.shard
+    measuring = (shard.index, shard.size) if config.is_elastic else (world.data_rank, world.data_ranks)
     return HeldOut(
         model=built.model,
         batch_of=lambda rows: built.split(material.objective.batch(rows, seed=config.seed, step=0)),
         schedule=built.schedule,
-        rows=partial(held_out_rows, material.held_out, config.evaluate.sequences, world.data_rank, world.data_ranks),
+        rows=partial(held_out_rows, material.held_out, config.evaluate.sequences, *measuring),
         micro=batch.micro,
         tokens_per_byte=tokens_per_byte(material.prepared.held_out) if material.options.head == "causal" else None,
         sampler=partial(_samples, config, world, material.prepared, built),
@@ -471,7 +487,7 @@ def which_variant(config: Config, coordinates: Coordinates) -> tuple[Variant, bo
     index, count, twin, twins = 0, 1, 0, 1
     writes = True
     for sync, group in levels:
-        if not sync.keeps_equal:
+        if not sync.keeps_equal and not config.is_elastic:  # else they are saved where all hold the same
             index, count = index + group.index * count, count * group.size
         elif getattr(sync, "keeps_own", False):
             twin, twins = twin + group.index * twins, twins * group.size

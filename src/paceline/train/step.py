@@ -9,7 +9,7 @@ import torch
 from paceline.errors import NonFiniteError
 from paceline.objectives.base import Batch
 from paceline.schedule.base import Schedule
-from paceline.sync.base import Sync
+from paceline.sync.base import Fetching, Sync
 from paceline.train.again import Again, backward
 from paceline.train.replica import ModuleReplica
 
@@ -37,6 +37,8 @@ def train_step(
     The loss is a sum; it is divided once, before the backward pass, by the targets of the group that the sync names.
     """
     replica.begin(step)
+    if isinstance(sync, Fetching):
+        sync.fetch(replica, torch.unique(torch.cat([batch.tokens for batch in batches])))
     again = replica.passes = Again(replica, sync, schedule, batches, step=step)
     again.estimate()
     loss_sum, own_targets, _ = backward(replica, sync, batches, again.run(batches), step=step)

@@ -258,9 +258,12 @@ class Loop:
         step_s = time.perf_counter() - start
         tokens_per_s = tokens / step_s
         if shares is None:
+            if isinstance(parts.sync, Serving) and parts.sync.at > step:  # others have learned without this replica
+                sequences += parts.batches.sequences(step + 1, parts.sync.at)
+                step = parts.sync.at
             self.step = step
             self.sequences_seen += sequences
-            self.tokens_seen += tokens
+            self.tokens_seen += sequences * parts.batches.full.sequence_tokens
             tokens_seen, seen = self.tokens_seen, self.sequences_seen
         else:
             # The position is where all replicas have met; the event tells the place of what this one has learned from.
@@ -268,7 +271,7 @@ class Loop:
             tokens_seen = self.tokens_seen + (seen - self.sequences_seen) * parts.batches.full.sequence_tokens
             sync: Any = parts.sync
             tokens_per_s *= sync.pace
-            self._meet(sync.reached)
+            self._meet(sync.at)
         event = StepEvent(
             step=step,
             loss=result.loss,
@@ -456,8 +459,10 @@ class Loop:
             )
 
     def _total(self, values: tuple[float, ...]) -> list[float]:
-        """Over all ranks of all replicas."""
+        """Over all ranks of all replicas; where one may be gone each measures everything by itself."""
         own, _ = self.parts.built.replica.total(values)
+        if self.parts.config.is_elastic:
+            return own
         total = torch.tensor(own, dtype=torch.float64, device=self.parts.world.device.torch_device)
         self.parts.world.link.all_reduce(total).wait()
         return total.tolist()

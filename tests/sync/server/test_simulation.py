@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 
 import simulate
+from paceline.sync.server import messages as m
 from paceline.sync.server.coordinator import Coordinator, LocalRules, Rules
 from paceline.sync.server.delayed_nesterov import Window
 from paceline.sync.server.local import LocalCoordinator
 from paceline.sync.server.shard import ServerShard
+from paceline.sync.server.table import Table
 
 CHUNKS, EACH = 5, 2_000
 
@@ -122,7 +124,41 @@ class ForgetsWindow(LocalCoordinator):
         self._window = Window(self._local.delay)
 
 
+class ForgetsNumbers(Coordinator):
+    """Takes one that comes back for a new worker."""
+
+    def _join(self, to, request, out):
+        member = self._state.members[request.worker]
+        if request.life > member.life and not member.alive:
+            member.number = 0
+        super()._join(to, request, out)
+
+
+class WaitsToMeetAgain(Coordinator):
+    """Lets one that came back to a clock wait for the others to meet there once more."""
+
+    def _grant(self, out):
+        meeting = {worker: turn.clock for worker, (_, turn) in self._turns.items() if turn.meet}
+        alive = {i for i, member in enumerate(self._state.members) if member.alive}
+        if meeting and (meeting.keys() != alive or len(set(meeting.values())) > 1):
+            kept = {worker: self._turns.pop(worker) for worker in meeting}
+            done = super()._grant(out)
+            self._turns |= kept
+            return done
+        return super()._grant(out)
+
+
+class IgnoresTheGivenUp(ServerShard):
+    """Does not tell one that reads that it was given up."""
+
+    def _answer_pulls(self):
+        return [(to, answer) for to, answer in super()._answer_pulls() if not isinstance(answer, m.Refused)]
+
+
 BROKEN = [
+    {"coordinator": ForgetsNumbers},
+    {"coordinator": WaitsToMeetAgain},
+    {"shard": IgnoresTheGivenUp},
     {"shard": ForgetsStaged},
     {"shard": TornReads},
     {"shard": KeepsDecided},
@@ -150,6 +186,14 @@ def test_broken_logic_is_caught_and_its_schedule_made_small(logic, monkeypatch):
     assert story.count("\n") > 5 and story.startswith("Case(")
     assert simulate.told(small, **logic) == story, "a schedule is the same every time"
     assert simulate.broken(small) is None, "the logic itself keeps its promises in it"
+
+
+@pytest.mark.parametrize("method", ["_set_aside", "_catch_up"])
+def test_rows_that_are_not_set_aside_or_do_not_catch_up_are_noticed(method, monkeypatch):
+    cases = [replace(simulate.Case.of(seed), rows=True) for seed in range(30)]
+    assert not any(map(simulate.broken, cases))
+    monkeypatch.setattr(Table, method, lambda self, *rest: None)
+    assert any(map(simulate.broken, cases))
 
 
 def test_a_schedule_without_faults_is_one_without_faults():

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from paceline.errors import LinkError
 from paceline.sync.server import messages as m
 from paceline.sync.server.client import Asked, Exchange
+from paceline.sync.server.codec import values_bytes
 from paceline.sync.server.serve import Address
 from paceline.sync.server.wire import Inbox, Memories, Place, frame, read_frame, without_delay
 
@@ -25,7 +26,7 @@ class Caller:
         self._serial = 0
         self._memories = Memories()
         self.sent_bytes = 0
-        """Bytes of tensors in all requests, also where they lie in memory that is shared."""
+        """Bytes of tensors in all requests, and of numbers of rows; also where they lie in memory that is shared."""
 
     def run(self, exchange: Exchange[T], *, bodies: Sequence[Place] | None = None) -> T:
         """The result of an exchange. ``bodies``: where the tensors of each request already lie, if they do."""
@@ -46,7 +47,9 @@ class Caller:
             body_at = bodies[i] if bodies is not None else None
             waiting[self._serial] = (max(0, server), frame(self._serial, request, body_at=body_at))
             if isinstance(request, m.Stage | m.Fill):
-                self.sent_bytes += request.payload.flat.nbytes
+                self.sent_bytes += values_bytes(request.payload)
+            elif isinstance(request, m.Pull):
+                self.sent_bytes += sum(ids.nbytes for _, ids in request.payload[3] if ids is not None)
         serials, answers = list(waiting), {}
         for serial, (server, buffers) in waiting.items():
             self._send(server, buffers, waiting, serial, deadline)

@@ -11,6 +11,12 @@ from paceline.errors import LinkError
 from paceline.sync.server import messages as m
 
 T = TypeVar("T")
+
+
+class GivenUp(LinkError):
+    """This worker was taken for dead: what it has staged and not committed is void. It may join again."""
+
+
 COORDINATOR = -1
 """Whom a request is for, where it is for no shard."""
 Asked: TypeAlias = list[tuple[int, m.Request]]
@@ -46,14 +52,14 @@ class Client:
         push = m.Push(self.worker, self.life, number)
         return self._one(m.Commit(push, clock, targets, rate, stop, seconds), m.Committed)
 
-    def turn(self, clock: int, *, meet: bool = False) -> Exchange[m.Granted]:
+    def turn(self, clock: int, *, meet: int = 0) -> Exchange[m.Granted]:
         """Wait until a clock may begin; the bound on staleness is checked here again.
 
         The clock before which the run ends is always a meeting.
         """
         granted = yield from self._one(m.Turn(self.worker, self.life, clock, meet), m.Granted)
         if granted.stop == granted.clock and not meet:
-            granted = yield from self._one(m.Turn(self.worker, self.life, granted.clock, True), m.Granted)
+            granted = yield from self._one(m.Turn(self.worker, self.life, granted.clock, 1), m.Granted)
         if self._staleness is not None and granted.clock - granted.floor > self._staleness:
             raise LinkError(
                 f"the server let worker {self.worker} begin clock {granted.clock} while the slowest is at "
@@ -85,5 +91,5 @@ class Client:
 def _check(answers: Sequence[m.Answer], kind: type) -> None:
     for answer in answers:
         if isinstance(answer, m.Refused):
-            raise LinkError(f"the parameter server refused: {answer.reason}")
+            raise (GivenUp if answer.join else LinkError)(f"the parameter server refused: {answer.reason}")
         assert isinstance(answer, kind), (answer, kind)

@@ -20,9 +20,25 @@ class Boxed(NamedTuple):
     flat: Tensor
 
 
+class Rows(NamedTuple):
+    """Some rows of a box of a shard's pieces: ``ids`` (K,) count from where the box starts, and ascend."""
+
+    box: Box
+    ids: Tensor
+    values: Tensor
+    """(K, columns of the box)"""
+
+
+class Mixed(NamedTuple):
+    """Boxes that are whole, and boxes of which there are some rows."""
+
+    whole: Boxed
+    rows: tuple[Rows, ...]
+
+
 _ALIGNED_BYTES = 64
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-_DTYPES |= {"int64": torch.int64, "uint8": torch.uint8, "bool": torch.bool}
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+DTYPES |= {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}
 
 
 def pack(value: Any) -> tuple[bytes, list[Tensor]]:
@@ -31,6 +47,13 @@ def pack(value: Any) -> tuple[bytes, list[Tensor]]:
     tree = _tree(value, tensors)
     shapes = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in tensors]
     return json.dumps([tree, shapes], separators=(",", ":")).encode(), tensors
+
+
+def values_bytes(payload: Any) -> int:
+    """Of all tensors in a payload, without the room between them."""
+    if isinstance(payload, Tensor):
+        return payload.nbytes
+    return sum(map(values_bytes, payload)) if isinstance(payload, tuple) else 0
 
 
 def body_bytes(tensors: Sequence[Tensor]) -> int:
@@ -59,7 +82,7 @@ def built(tree: Any, shapes: Sequence[Any], body: Any) -> Any:
     """The same of a header that has been read."""
     tensors, at = [], 0
     for name, shape in shapes:
-        dtype, numel = _DTYPES[name], math.prod(shape)
+        dtype, numel = DTYPES[name], math.prod(shape)
         tensor = torch.empty(0, dtype=dtype)
         if numel > 0:
             tensor = torch.frombuffer(body, dtype=dtype, count=numel, offset=at)
@@ -75,6 +98,11 @@ def _tree(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Boxed):
         tensors.append(value.flat)
         return {"b": _written(value.boxes), "t": len(tensors) - 1}
+    if isinstance(value, Rows):
+        tensors += value[1:]
+        return {"r": _written((value.box,)), "t": len(tensors) - 2}
+    if isinstance(value, Mixed):
+        return {"m": [_tree(part, tensors) for part in (value.whole, *value.rows)]}
     if isinstance(value, tuple):
         name = type(value).__name__
         return [name if name in messages.KINDS else "", *(_tree(item, tensors) for item in value)]
@@ -93,6 +121,12 @@ def _value(tree: Any, tensors: list[Tensor]) -> Any:
     if isinstance(tree, dict):
         if "b" in tree:
             return Boxed(_read(tree["b"]), tensors[tree["t"]])
+        if "r" in tree:
+            (box,), at = _read(tree["r"]), tree["t"]
+            return Rows(box, tensors[at], tensors[at + 1])
+        if "m" in tree:
+            whole, *rows = (_value(part, tensors) for part in tree["m"])
+            return Mixed(whole, tuple(rows))
         if "t" in tree:
             return tensors[tree["t"]]
         return {_value(key, tensors): _value(item, tensors) for key, item in tree["d"]}

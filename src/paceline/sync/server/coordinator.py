@@ -111,7 +111,7 @@ class Member:
     staleness: int = 0
     asked: int = -1
     """The clock it last asked for, and what it was granted then."""
-    met: bool = False
+    met: int = 0
     granted: tuple[Any, ...] | None = None
     lease: m.Lease | None = None
     """Of ``local``: what it learns from."""
@@ -151,7 +151,7 @@ class Coordinator:
     """Handles one request after the other. What it decides follows from their order alone, so its log is that order."""
 
     def __init__(self, rules: Rules, log: Log | None = None, *, first_life: int = 1) -> None:
-        self.rules = rules
+        self.rules, self._first_life = rules, first_life
         first = rules.first_clock
         self._state = _State([Member(life=first_life - 1, clock=first) for _ in range(rules.workers)], round=first)
         self._turns: dict[int, tuple[Any, m.Turn]] = {}
@@ -176,6 +176,11 @@ class Coordinator:
     def dropped(self) -> int:
         """Pushes that came too late."""
         return self._state.dropped
+
+    @property
+    def heard_of(self) -> Mapping[int, int]:
+        """The life of every worker that has joined or left."""
+        return {i: member.life for i, member in enumerate(self._state.members) if member.life >= self._first_life}
 
     @property
     def last(self) -> int:
@@ -236,7 +241,8 @@ class Coordinator:
     def _join(self, to: Any, request: m.Join, out: Out) -> None:
         state, member = self._state, self._state.members[request.worker]
         if request.life < member.life or (request.life == member.life and not member.alive):
-            out.append((to, m.Refused(f"worker {request.worker} was started again, or given up, since")))
+            reason = f"worker {request.worker} was started again, or given up, since"
+            out.append((to, m.Refused(reason, join=request.life == member.life)))
             return
         if request.life > member.life:
             self._log.append(request)
@@ -245,7 +251,7 @@ class Coordinator:
             clock = member.clock if member.alive or not others else max(member.clock, min(others))
             clock = max(clock, state.round) if self.rules.mode == "sync" else clock
             member.life, member.clock, member.alive = request.life, clock, True
-            member.asked, member.met, member.granted = -1, False, None
+            member.asked, member.met, member.granted = -1, 0, None
             self._gone(member)
             self._turns.pop(request.worker, None)
             self._enter(m.Begun(request.worker, request.life, member.number))
@@ -279,7 +285,7 @@ class Coordinator:
     def _turn(self, to: Any, request: m.Turn, out: Out) -> None:
         member = self._living(to, request.worker, request.life, out)
         if member is None or (request.clock, request.meet) < (member.asked, member.met):
-            return
+            return  # a late copy
         if (request.clock, request.meet) == (member.asked, member.met) and member.granted is not None:
             out.append((to, m.Granted(*member.granted)))
             return
@@ -331,7 +337,7 @@ class Coordinator:
         if member.alive and member.life == life:
             return member
         reason = "was started again since" if life < member.life else "is not here: join first"
-        out.append((to, m.Refused(f"worker {worker} {reason}")))
+        out.append((to, m.Refused(f"worker {worker} {reason}", join=life == member.life)))
         return None
 
     def _enter(self, entry: m.Entry) -> int:
@@ -420,9 +426,10 @@ class Coordinator:
             return False
         alive = {i for i, member in enumerate(state.members) if member.alive}
         ready = [worker for worker in sorted(self._turns) if self._may_begin(self._turns[worker][1])]
-        meeting = {worker for worker in self._turns if self._turns[worker][1].meet}
-        if meeting and meeting == alive and len({self._turns[worker][1].clock for worker in meeting}) == 1:
-            clock = self._turns[min(meeting)][1].clock
+        clock = min((turn.clock for _, turn in self._turns.values() if turn.meet), default=0)
+        meeting = {w for w, (_, turn) in self._turns.items() if turn.meet and turn.clock == clock}
+        # One that came back to this clock waits for those who have met there to go on, not to meet there again.
+        if meeting and all(state.members[worker].clock > clock for worker in alive - meeting):
             if self._flush(clock):
                 return True
             if all(self._may_begin(self._turns[worker][1]) for worker in meeting):

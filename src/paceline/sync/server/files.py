@@ -1,23 +1,42 @@
 """A log on disk: a snapshot and the records after it, in a folder of its own.
 
+    record   header length (4 bytes), body length (8), CRC-32 of these (4)
+             header (JSON), body (tensors), "done", CRC-32 of header and body (4)
+
 A record is written before it is answered for. What a process has written outlives it; to outlive the machine too,
-``fsync`` waits for the disk. A record that was cut off by a death was never answered for, and is left out.
+``fsync`` waits for the disk. A record that was cut off by a death was never answered for, and is left out. Any other
+that is not as it was written is damage: a server must not go on without it, nor with it.
 """
 
+import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from zlib import crc32
 
-from paceline.sync.server.codec import body_bytes, pack, padded, raw, unpack
+from paceline.errors import LinkError
+from paceline.sync.server.codec import DTYPES, body_bytes, pack, padded, raw, unpack
 
-_PREFIX = struct.Struct("!IQ")
+_LENGTHS = struct.Struct("!IQ")
+_CHECK = struct.Struct("!I")
+_PREFIX_BYTES = _LENGTHS.size + _CHECK.size
+_DONE = b"done"
+_SUFFIX_BYTES = len(_DONE) + _CHECK.size
+
+
+class DamagedLog(LinkError):
+    """What a log holds is not what was written."""
 
 
 class FileLog:
-    """The log of one server; ``longest_bytes`` of records make a snapshot due."""
+    """The log of one server; ``longest_bytes`` of records make a snapshot due.
+
+    Raises ``DamagedLog`` if records that were answered for are not as they were written.
+    """
 
     keeps = True
 
@@ -58,7 +77,11 @@ class FileLog:
 
     def read(self) -> tuple[Mapping[str, Any] | None, Iterator[Any]]:
         """What was kept."""
-        snapshot = next(_frames(self._snapshot), None) if self._snapshot.exists() else None
+        snapshot = None
+        if self._snapshot.exists():
+            snapshot = next(_frames(self._snapshot), None)
+            if snapshot is None:  # it was given its name when it was whole
+                raise _damaged(self._snapshot, 0)
         return snapshot and snapshot[1](), (record() for _, record in _frames(self._records))
 
     def _cut(self) -> int:
@@ -78,9 +101,14 @@ class FileLog:
 
 def _write(descriptor: int, record: Any) -> int:
     header, tensors = pack(record)
-    parts: list[Any] = [_PREFIX.pack(len(header), body_bytes(tensors)), header]
+    lengths = _LENGTHS.pack(len(header), body_bytes(tensors))
+    parts: list[Any] = [lengths + _CHECK.pack(crc32(lengths)), header]
+    total = crc32(header)
     for tensor in tensors:
-        parts += [raw(tensor), bytes(padded(tensor.nbytes) - tensor.nbytes)]
+        data, gap = raw(tensor), bytes(padded(tensor.nbytes) - tensor.nbytes)
+        parts += [data, gap]
+        total = crc32(gap, crc32(data, total))
+    parts.append(_DONE + _CHECK.pack(total))
     written = 0
     for part in parts:
         view = memoryview(part)
@@ -91,16 +119,63 @@ def _write(descriptor: int, record: Any) -> int:
 
 
 def _frames(path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    """Where each complete record of a file ends, and what reads it."""
+    """Where each complete record of a file ends, and what reads it; ``DamagedLog`` if one is not as it was written."""
     total, at = path.stat().st_size, 0
     with path.open("rb") as file:
-        while at + _PREFIX.size <= total:
+        while at + _PREFIX_BYTES <= total:
             file.seek(at)
-            header, body = _PREFIX.unpack(file.read(_PREFIX.size))
-            start, at = at + _PREFIX.size, at + _PREFIX.size + header + body
-            if at > total:
+            lengths, check = file.read(_LENGTHS.size), file.read(_CHECK.size)
+            if _CHECK.unpack(check)[0] != crc32(lengths):
+                if _is_blank(file, at):  # room that the file was given, and never filled
+                    return
+                raise _damaged(path, at)
+            header, body = _LENGTHS.unpack(lengths)
+            end = at + _PREFIX_BYTES + header + body + _SUFFIX_BYTES
+            if end > total:
                 return
-            yield at, partial(_read, path, start, header, body)
+            if not _is_whole(file, header, body):
+                if _is_blank(file, end - _SUFFIX_BYTES):
+                    return
+                raise _damaged(path, at)
+            yield end, partial(_read, path, at + _PREFIX_BYTES, header, body)
+            at = end
+
+
+def _is_whole(file: BinaryIO, header: int, body: int) -> bool:
+    """Whether the record from here on is as it was written."""
+    words = file.read(header)
+    total, left = crc32(words), body
+    try:
+        sizes = [_bytes_of(*described) for described in json.loads(words)[1]]
+    except (ValueError, LookupError, TypeError):
+        return False
+    for size in sizes:
+        gap = padded(size) - size
+        total = crc32(file.read(size), total)
+        total = crc32(file.read(gap), total)
+        left -= size + gap
+    return left == 0 and file.read(_SUFFIX_BYTES) == _DONE + _CHECK.pack(total)
+
+
+def _bytes_of(dtype: str, shape: list[int]) -> int:
+    return int(DTYPES[dtype].itemsize * math.prod(shape))
+
+
+def _is_blank(file: BinaryIO, at: int) -> bool:
+    """Whether there are only zeros from here to the end of the file."""
+    file.seek(at)
+    while part := file.read(1 << 20):
+        if part.count(0) != len(part):
+            return False
+    return True
+
+
+def _damaged(path: Path, at: int) -> DamagedLog:
+    return DamagedLog(
+        f"{path}: the record at byte {at:,} is not what was written (its checksum is wrong), and what comes after it "
+        "may not be applied without it. Start the run again: it goes on from its newest checkpoint, with servers that "
+        "begin anew. If it happens again, look at the disk"
+    )
 
 
 def _read(path: Path, start: int, header: int, body: int) -> Any:

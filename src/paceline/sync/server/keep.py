@@ -12,10 +12,13 @@ from typing import Self
 import torch
 
 from paceline.errors import LinkError
+from paceline.sync.server.files import DamagedLog
 from paceline.sync.server.serve import Address, Durability, Server
 from paceline.sync.server.wire import end_with_parent
 
 _MOST_DEATHS = 100
+_DAMAGED = "damaged.txt"
+"""In the folder of the logs: why a server cannot come back."""
 
 
 def listen(servers: int, host: str = "127.0.0.1") -> list[socket.socket]:
@@ -84,7 +87,7 @@ class ServerProcesses:
 def keep_processes(sockets: Sequence[socket.socket], durability: Durability) -> None:
     """Fork a server for each socket and fork it again when it dies, until this process is told to end (SIGTERM).
 
-    The process must have no threads. Without a log a death is the end: ``LinkError``.
+    The process must have no threads. A death without a log is the end, and so is a log that is damaged: ``LinkError``.
     """
     children: dict[int, int] = {}
 
@@ -103,6 +106,8 @@ def keep_processes(sockets: Sequence[socket.socket], durability: Durability) -> 
         print(f"parameter server {number} (pid {pid}) died: {how}", flush=True)
         if durability.folder is None:
             raise LinkError(f"parameter server {number} died (exit code {how}) and kept no log")
+        if (words := durability.folder / _DAMAGED).exists():
+            raise LinkError(f"parameter server {number} cannot come back: {words.read_text(encoding='utf-8')}")
         children[_fork(number, sockets, durability)] = number
     raise LinkError(f"parameter servers died {_MOST_DEATHS} times; see their log")
 
@@ -117,6 +122,9 @@ def _fork(number: int, sockets: Sequence[socket.socket], durability: Durability)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)
         Server(number, sockets[number], address(sockets[0]), _own(durability, number)).run()
+    except DamagedLog as error:
+        assert durability.folder is not None
+        (durability.folder / _DAMAGED).write_text(str(error), encoding="utf-8")
     except BaseException:
         import traceback
 

@@ -118,15 +118,16 @@ class Commit(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """May this worker begin ``clock``, and from which version? ``meet``: wait for all, and read what they read.
+    """May this worker begin ``clock``, and from which version?
 
+    ``meet``: wait for all, and read what they read. Workers may meet several times at a clock: 1 for the first time.
     ``until``: of workers that take leases, where all meet next: after so many steps of the run.
     """
 
     worker: int
     life: int
     clock: int
-    meet: bool = False
+    meet: int = 0
     until: int = 0
 
 
@@ -233,9 +234,10 @@ class Values(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """It cannot be so; ``reason`` says why."""
+    """It cannot be so; ``reason`` says why. ``join``: the worker was given up, and may join again with a new life."""
 
     reason: str
+    join: bool = False
 
 
 # Around a run: to every server, while no worker is at work.

@@ -43,17 +43,22 @@ class Places:
     shards: int
     value_bytes: int = 4
     largest_bytes: int = LARGEST_BYTES
+    tables: frozenset[str] = frozenset()
+    """Parameters whose rows stay whole, however long they are."""
 
     @cached_property
     def pieces(self) -> list[list[Piece]]:
         """By shard: the largest pieces are dealt out first, each to the shard with the least so far."""
-        most = max(1, self.largest_bytes // self.value_bytes)
-        pieces = [Piece(name, *box) for name, shape in self.shapes.items() for box in _split(shape, most)]
+        pieces = [Piece(name, *box) for name, shape in self.shapes.items() for box in self._split(name, shape)]
         load, owner = [0] * self.shards, [0] * len(pieces)
         for i in sorted(range(len(pieces)), key=lambda i: (-pieces[i].numel, i)):
             owner[i] = min(range(self.shards), key=lambda shard: (load[shard], shard))
             load[owner[i]] += pieces[i].numel
         return [[piece for piece, at in zip(pieces, owner, strict=True) if at == shard] for shard in range(self.shards)]
+
+    def _split(self, name: str, shape: Shape) -> Iterator[tuple[Shape, Shape]]:
+        most = max(1, self.largest_bytes // self.value_bytes)
+        return _split(shape, max(most, math.prod(shape[1:])) if name in self.tables else most)
 
     def cuts(self, held: Mapping[str, Part | None], names: Sequence[str], shard: int) -> "Cuts":
         """What of some parameters, of which a rank holds these parts, lies on a shard."""

@@ -23,12 +23,14 @@ from paceline.sync.server import messages as m
 from paceline.sync.server.coordinator import Coordinator, Out, Rules
 from paceline.sync.server.delayed_nesterov import DelayedNesterov, PushStore
 from paceline.sync.server.files import FileLog
+from paceline.sync.server.leases import Leases
 from paceline.sync.server.local import LocalCoordinator
 from paceline.sync.server.log import Log
+from paceline.sync.server.mixed import MixedStore, store
 from paceline.sync.server.place import Places
 from paceline.sync.server.shard import ServerShard
 from paceline.sync.server.store import Delay, TensorStore
-from paceline.sync.server.wire import Inbox, Memories, copy_into, frame, read_frame, without_delay
+from paceline.sync.server.wire import Inbox, Memories, copy_into, frame, read_frame, watched, without_delay
 
 Address = tuple[str, int]
 _HERE = ("here", 0)
@@ -64,9 +66,10 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._memories = Memories()
         self._coordinator: Coordinator | None = None
-        self._store: TensorStore
+        self._store: TensorStore | MixedStore
         self._shard: ServerShard | None = None
         self._upstream: _Connection | None = None
+        self._leases = Leases(None, {}, 0.0)
         self._asked = 0.0
         self._serial = 0
         self._stopped = False
@@ -94,6 +97,10 @@ class Server:
                         self._accept()
                     elif key.data is not None:
                         self._serve(key.data, events)
+                for worker, life in self._leases.over(time.monotonic()):
+                    assert self._coordinator is not None
+                    print(f"worker {worker} is gone: others do not wait for it any more", flush=True)
+                    self._answer(self._coordinator.handle(None, m.Leave(worker, life)))
                 if self._upstream is None:
                     self._follow_on()
         finally:
@@ -108,7 +115,7 @@ class Server:
     def _accept(self) -> None:
         with suppress(BlockingIOError):
             accepted, _ = self._listening.accept()
-            self._open(_Connection(without_delay(accepted)))
+            self._open(_Connection(watched(without_delay(accepted))))
 
     def _open(self, connection: _Connection) -> None:
         connection.socket.setblocking(False)
@@ -118,6 +125,7 @@ class Server:
         with suppress(KeyError, ValueError):
             self._selector.unregister(connection.socket)
         connection.socket.close()
+        self._leases.hung_up(connection, time.monotonic())
         if connection is self._upstream:
             self._upstream = None
 
@@ -186,6 +194,9 @@ class Server:
                 # Where the answer goes in shared memory is for this class, not for the logic.
                 return self._shard.handle((to, request.payload[2]), request)
         assert self._coordinator is not None, f"server {self.number} was asked {request}"
+        match request:
+            case m.Join(worker, life) | m.Turn(worker, life) | m.Commit(m.Push(worker, life)):
+                self._leases.heard(worker, life, to[0])
         return self._coordinator.handle(to, request)
 
     def _answer(self, out: Out) -> None:
@@ -201,9 +212,9 @@ class Server:
                 waiting.extend(self._shard.follow(answer))
                 waiting.extend(self._coordinator.handle(_HERE, self._shard.next_fetch()))
                 continue
-            if isinstance(answer, m.Values):
+            if isinstance(to[0], tuple):  # of a pull
                 to, place = to
-                if place is not None:
+                if place is not None and isinstance(answer, m.Values):
                     copy_into(self._memories.at(*place), answer.payload)
                     answer = m.Values(answer.version, None)
             connection, serial = to
@@ -271,14 +282,15 @@ class Server:
         rules = Rules.of(options["rules"])
         shapes = {name: tuple(shape) for name, shape in options["shapes"].items()}
         dtype = getattr(torch, options["dtype"])
-        places = Places(shapes, rules.shards, dtype.itemsize, options["largest_bytes"])
+        tables = frozenset(options["tables"])
+        places = Places(shapes, rules.shards, dtype.itemsize, options["largest_bytes"], tables)
         pieces = places.pieces[self.number]
         ndims = {name: len(shape) for name, shape in shapes.items()}
         if rules.local is not None:
             self._store = PushStore(pieces, ndims, DelayedNesterov(**options["optimizer"]), dtype)
         else:
             optimizer: Any = choose(OPTIMIZERS, options["optimizer"])
-            self._store = TensorStore(pieces, ndims, optimizer, dtype, Delay(**options["delay"]))
+            self._store = store(pieces, ndims, optimizer, dtype, Delay(**options["delay"]), tables)
         size = dtype.itemsize * sum(piece.numel for piece in pieces)
         self._shard = ServerShard(
             self.number, self._store, self._log("shard", _SNAPSHOT_TIMES * size), first_life=options["life"]
@@ -286,6 +298,7 @@ class Server:
         if self.number == 0:
             kind = Coordinator if rules.local is None else LocalCoordinator
             self._coordinator = kind(rules, self._log("coordinator", 1 << 20), first_life=options["life"])
+            self._leases = Leases(options["lease_s"], self._coordinator.heard_of, time.monotonic())
 
     def _log(self, name: str, longest_bytes: int) -> Log | None:
         folder = self._durability.folder
@@ -296,6 +309,7 @@ class Server:
     def _told(self) -> dict[str, Any]:
         return {
             **(self._coordinator.told() if self._coordinator is not None else {}),
+            "lives": dict(self._coordinator.heard_of) if self._coordinator is not None else {},
             "version": self._shard.version if self._shard is not None else 0,
             "kept": self._store.kept() if self._shard is not None else {},
         }

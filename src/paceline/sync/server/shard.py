@@ -26,8 +26,8 @@ class Gradient(NamedTuple):
 class Store(Protocol):
     """Parameters and the optimizer's state of one shard."""
 
-    def gather(self, gradients: Sequence[Gradient]) -> float:
-        """Sum gradients for the next step; the squared norm of the sum."""
+    def gather(self, gradients: Sequence[Gradient], *, measured: bool) -> float:
+        """Sum gradients for the next step; the squared norm of the sum, if it is to be ``measured``."""
         ...
 
     def step(self, rate: float, scale: float) -> None:
@@ -36,6 +36,9 @@ class Store(Protocol):
     def copy(self) -> Any:
         """The parameters as they are, in memory of their own."""
         ...
+
+    def release(self, copy: Any) -> None:
+        """A copy is not read any more."""
 
     def read(self, copy: Any, wanted: Any) -> Any:
         """What is asked for of a copy, or of the parameters of now (None), in memory of its own."""
@@ -127,6 +130,7 @@ class ServerShard:
                 self._release()
             case m.Dropped(push):
                 self._decide(push)
+                self._release()
             case m.Begun(worker, life, number):
                 self._void(worker, life, number)
             case m.Left(worker, life, number):
@@ -141,9 +145,10 @@ class ServerShard:
             assert parts is not None, f"shard {self.number}: {push} was committed before it was staged"
             at = self._copies.get(base) if base != self.version else None
             gradients.append(Gradient(weight, parts, at, push.worker))
-        squares = self.store.gather(gradients) if gradients else 0.0
+        squares = self.store.gather(gradients, measured=entry.measured) if gradients else 0.0
         for push, _, _ in entry.terms:
             self._decide(push)
+        self._release()
         self._rate = entry.rate
         if entry.measured:
             self._measured = (entry.version, squares)
@@ -167,9 +172,12 @@ class ServerShard:
         self.version += 1
 
     def _decide(self, push: m.Push) -> None:
+        """Its worker has read what it will of the version that it had pinned: all its ranks stage after they have."""
         self._staged.pop(push, None)
         assert push.number == self._done.get(push.worker, 0) + 1, (push, self._done)
         self._done[push.worker] = push.number
+        if self._pins.get(push.worker, (0,))[0] == push.life:
+            del self._pins[push.worker]
 
     def _void(self, worker: int, life: int, number: int) -> None:
         """Forget what lives before ``life`` staged after ``number``."""
@@ -182,7 +190,7 @@ class ServerShard:
         """Forget versions that nobody reads."""
         read = {version for _, _, version in self._pins.values()}
         for version in [version for version in self._copies if version not in read]:
-            del self._copies[version]
+            self.store.release(self._copies.pop(version))
 
     def _answer_pulls(self) -> Out:
         out: Out = []
@@ -193,6 +201,8 @@ class ServerShard:
             elif self._pins.get(pull.worker) == (pull.life, pull.entry, pull.version):
                 copy = None if pull.version == self.version else self._copies[pull.version]
                 out.append((to, m.Values(pull.version, self.store.read(copy, pull.payload))))
+            elif pull.life < self._lives.get(pull.worker, self._first_life):
+                out.append((to, m.Refused(f"worker {pull.worker} was given up, or started again, since", join=True)))
             # else a late copy of a request whose answer the worker has had
         self._pulls = waiting
         return out

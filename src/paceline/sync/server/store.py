@@ -9,7 +9,7 @@ Values are in one flat tensor, piece after piece.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from paceline.sync.server.shard import Gradient
 
 Compensation = Literal["none", "constant", "adaptive"]
 _EPSILON = 1e-7
+_MOST_FREE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class Delay:
 class TensorStore:
     """The store of one shard, over pieces of parameters that all are of one dtype.
 
-    ``ndims``: of the whole parameters, by name: matrices decay, vectors do not.
+    ``ndims``: of the whole parameters, by name: matrices decay, vectors do not. ``apart``: parameters whose pieces are
+    kept elsewhere.
     """
 
     def __init__(
@@ -49,16 +51,22 @@ class TensorStore:
         optimizer: OptimizerConfig,
         dtype: torch.dtype,
         delay: Delay | None = None,
+        *,
+        apart: Set[str] = frozenset(),
     ) -> None:
         self._pieces, self._delay = pieces, delay or Delay()
         self._offsets = [0]
         for piece in pieces:
-            self._offsets.append(self._offsets[-1] + piece.numel)
+            self._offsets.append(self._offsets[-1] + (0 if piece.name in apart else piece.numel))
         total = self._offsets[-1]
         self.flat = torch.zeros(total, dtype=dtype)
         self._sum = torch.zeros(total, dtype=dtype)
+        self._gradient = self._sum
+        """Of the next step: the sum, or the only push as it lies there."""
+        self._free: list[Tensor] = []
+        """Copies that are not read any more: memory that is there already is several times faster than new."""
         self._mean_square = torch.zeros(total if self._delay.kind == "adaptive" else 0, dtype=dtype)
-        self._runs = {name: self._run_of(name) for name in dict.fromkeys(piece.name for piece in pieces)}
+        self._runs = {name: self._run_of(name) for name in dict.fromkeys(p.name for p in pieces if p.name not in apart)}
         self._parameters = {name: _like(self.flat[a:b], ndims[name]) for name, (a, b) in self._runs.items()}
         self._numbers = {name: i for i, name in enumerate(self._runs)}
         self._piece_names = [piece.name for piece in pieces]
@@ -68,9 +76,10 @@ class TensorStore:
         self.optimizer = optimizer.build(self._parameters, full) if self._parameters else None
         self._peaks = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
 
-    def gather(self, gradients: Sequence[Gradient]) -> float:
+    def gather(self, gradients: Sequence[Gradient], *, measured: bool) -> float:
         """See ``Store``; a parameter of which no push has a gradient stays without one."""
         self._touched = set()
+        self._gradient = self._sum
         is_first = True
         for gradient in gradients:
             for _, part in sorted(gradient.parts.items()):
@@ -78,7 +87,10 @@ class TensorStore:
                 if self._delay.kind != "none" and self._delays(gradient):
                     part = Boxed(part.boxes, self._compensated(part, gradient.base))
                 if is_first and self._is_all(part.boxes):
-                    torch.mul(part.flat, gradient.weight, out=self._sum)
+                    if gradient.weight == 1.0 and len(gradients) == len(gradient.parts) == 1:
+                        self._gradient = part.flat
+                    else:
+                        torch.mul(part.flat, gradient.weight, out=self._sum)
                     is_first = False
                     continue
                 if is_first:
@@ -88,24 +100,32 @@ class TensorStore:
                     own.add_(values, alpha=gradient.weight)
         if is_first:
             self._sum.zero_()
-        return float(torch.linalg.vector_norm(self._sum)) ** 2 if len(self._sum) else 0.0
+        if not measured or not len(self._gradient):
+            return 0.0
+        return float(torch.linalg.vector_norm(self._gradient)) ** 2
 
     def step(self, rate: float, scale: float) -> None:
         """See ``Store``."""
         if self.optimizer is None:
             return
         if scale != 1.0:
-            self._sum.mul_(scale)
+            self._gradient = torch.mul(self._gradient, scale, out=self._sum)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * rate
         for name, parameter in self._parameters.items():
             low, high = self._runs[name]
-            parameter.grad = self._sum[low:high].view_as(parameter) if name in self._touched else None
+            parameter.grad = self._gradient[low:high].view_as(parameter) if name in self._touched else None
         self.optimizer.step()
 
     def copy(self) -> Tensor:
         """See ``Store``."""
-        return self.flat.clone()
+        copy = self._free.pop() if self._free else torch.empty_like(self.flat)
+        return copy.copy_(self.flat)
+
+    def release(self, copy: Tensor) -> None:
+        """See ``Store``."""
+        if len(self._free) < _MOST_FREE:
+            self._free.append(copy)
 
     def read(self, copy: Tensor | None, wanted: Any) -> list[Tensor]:
         """The boxes that are wanted, as views, of the parameters or of what the optimizer keeps by some key.

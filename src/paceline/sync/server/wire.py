@@ -147,6 +147,14 @@ def without_delay(connection: socket.socket) -> socket.socket:
     return connection
 
 
+def watched(connection: socket.socket) -> socket.socket:
+    """The kernel finds out within half a minute that the other machine is gone."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    return connection
+
+
 def end_with_parent() -> None:
     """Be killed when the process that started this one dies."""
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG
