@@ -32,7 +32,11 @@ CPU = torch.device("cpu")
 
 
 def tiny_llama(seed: int = 0) -> nn.Module:
-    """An fp64 llama of two blocks, norms at random values so that no gradient term hides behind a one."""
+    """An fp64 llama of two blocks, norms at random values so that no gradient term hides behind a one.
+
+    Its norms are torch's, which compute in fp64 too: those of transformers round to fp32, and what a loss is divided by
+    on the way back would show.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -46,6 +50,10 @@ def tiny_llama(seed: int = 0) -> nn.Module:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).double()
+    for block in (model.model, *model.model.layers):
+        for name, norm in list(block.named_children()):
+            if name.endswith("norm"):
+                setattr(block, name, nn.RMSNorm(config.hidden_size, norm.variance_epsilon, dtype=torch.float64))
     for parameter in model.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, 1.0, 0.3)

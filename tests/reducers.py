@@ -25,13 +25,18 @@ def exchange(member, reducer, inputs, shares=None, unused=(), dtype=torch.float6
     between = link.connect(
         member.store, index=member.index, size=member.size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True
     )
-    own = [{name: torch.as_tensor(v).to(dtype) for name, v in values[member.index].items()} for values in inputs]
+    own = [
+        {name: torch.as_tensor(v).to(dtype, copy=True) for name, v in values[member.index].items()} for values in inputs
+    ]
     shards = [Shard(name, torch.nn.Parameter(tensor.clone())) for name, tensor in own[0].items()]
     at_work = choose(REDUCERS, reducer).build(SyncContext(link=between, steps=len(inputs), seed=3))
     at_work.start(shards)
     before, sums = between.sent_bytes, []
     for step, values in enumerate(own, 1):
-        summed = at_work.weighted_sum(values, 1.0 if shares is None else shares[member.index], step)
+        wait = at_work.start_sum(values, 1.0 if shares is None else shares[member.index], step)
+        for tensor in values.values():
+            tensor.fill_(torch.nan)  # it may change as soon as the sum is on its way
+        summed = wait()
         sums.append({name: tensor.clone() for name, tensor in summed.items()})
         at_work.settle(unused)
     left = {key: state.tensor / member.size for key, state in at_work.state().items() if key.endswith("/residual")}
@@ -113,7 +118,10 @@ def nothing_left(inputs):
 
 
 def coded_sums(code, inputs, shares):
-    """Sums by owners with error feedback at both ends: round by round what all get, and what each has left out."""
+    """Sums by owners with error feedback at both ends: round by round what all get, and what each has left out.
+
+    Of two members' codes each decodes both, and the sum is not encoded.
+    """
     members, left, told = len(shares), nothing_left(inputs), []
     for values in inputs:
         sums = {}
@@ -121,7 +129,7 @@ def coded_sums(code, inputs, shares):
             sent = [share * own[name] + kept[name] for share, own, kept in zip(shares, values, left, strict=True)]
             coded = [by_blocks(p, code) for p in sent]
             total = sum(coded)
-            sums[name] = by_blocks(total, code)
+            sums[name] = by_blocks(total, code) if members > 2 else total
             blocks = np.arange(total.size) // BLOCK  # one after the other; where they begin is a checksum of the name
             owner = ((zlib.crc32(name.encode()) + blocks) % members).reshape(total.shape)
             for member in range(members):

@@ -43,7 +43,11 @@ TAIL = """\
 - **Bytes are exact.** What `--dry-run` announces for replicas of one rank each is what goes over the link, to the
   byte. Under a layout ranks share it, each with up to a block more.
 - **All replicas get the same bits.** Codes are never added up: each piece has an owner, who decodes what comes in, adds
-  it up in fp32 in the order of members, and encodes the sum.
+  it up in fp32 in the order of members, and encodes the sum. Two replicas send each other all pieces, both add up, and
+  no sum is encoded.
+- **Waiting.** Two replicas wait for one delay of the link in a sum, and for two with `powersgd`, whose second sum waits for
+  the first; more of them for one more each with codes (`bf16` to `sign`), and in sums of more than a few KB (`mean`,
+  `randomk`, `powersgd`) round a ring. Counts, losses and requests to stop cost no further delay.
 - **What is drawn** follows from the seed, the step, the name, the place and the member, so a second run gives the same.
 - **Error feedback.** `error_feedback: true` keeps, in each replica, what encoding left out, and adds it to what is sent
   the next time. Owners keep what the second encoding left out. Nothing is lost: what was put in is what came out plus
@@ -65,8 +69,7 @@ TAIL = """\
 - `dct_topk` is how DeMo sends momentum. DeMo is `sync: {name: all_reduce, reducer: dct_topk}` with `optimizer: {name:
   lion, betas: [0, 0]}`, which goes by the sign of what arrives. Two small differences stand in the class's file.
 - `topk` and `dct_topk` send to all, so their bytes grow with the members; `randomk` does not, and sends no places.
-- `powersgd` sends two sums, the second of which waits for the first: on a link of long latency it is no quicker than
-  its bytes promise.
+- `powersgd` sends least of those that sum, in two exchanges one after the other.
 
 `sophia`, `lbfgs` and `newton_cg` ask for other gradients of a batch, into which a reducer would mix what it has left
 out: refused with `all_reduce`. [Why it is made so](../design/0008-syncs.md)

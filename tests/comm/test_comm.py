@@ -7,7 +7,7 @@ from paceline.comm.ranks import ALONE, Coordinates
 from paceline.comm.world import Rendezvous, join
 from paceline.errors import LinkError, PlanError
 from paceline.plan.layout import Grid
-from paceline.plan.wire import all_reduce_bytes
+from paceline.plan.wire import all_reduce_bytes, direct_bytes
 
 
 def test_ranks_of_a_replica_are_neighbours():
@@ -38,9 +38,14 @@ def test_the_measured_peak_is_a_speed():
     assert 1e8 < matmul_flops_per_s(device, torch.float32, size=128, seconds=0.01) < 1e15
 
 
-@pytest.mark.parametrize(("size", "expected"), [(1, 0), (2, 1000), (4, 1500)])
-def test_ring_bytes(size, expected):
-    assert all_reduce_bytes(1000, size) == expected
+@pytest.mark.parametrize(
+    ("n_bytes", "size", "expected"),
+    [(1000, 1, 0), (1000, 2, 1000), (2**24, 2, 2**24), (1000, 4, 3000), (10**6, 4, 1_500_000), (600, 64, 1181)],
+)
+def test_bytes_of_a_sum(n_bytes, size, expected):
+    """Small ones directly, as long as that sends little more than a ring."""
+    assert all_reduce_bytes(n_bytes, size) == expected
+    assert (size - 1) * direct_bytes(size) - 2 * (size - 1) * direct_bytes(size) // size <= 2**15 + size
 
 
 def test_a_link_to_nobody_sends_nothing():

@@ -197,7 +197,7 @@ def asked_to_stop(member):
     stops = []
     for step in (1, 2, 3, 4):
         sync.begin(step, replica, 1)
-        stops.append(sync.total(torch.zeros(2, dtype=torch.float64), member.index == 1)[1])
+        stops.append(sync.reduce(replica, torch.zeros(2, dtype=torch.float64), member.index == 1)[1])
         sync.state()
     return stops
 

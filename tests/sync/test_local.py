@@ -143,8 +143,7 @@ def lossy(member):
     for step in (1, 2):
         sync.begin(step, replica, 3 + member.index)
         model.weight.grad = torch.full_like(model.weight, member.index + 1.0)
-        sync.total(torch.zeros(2, dtype=torch.float64), False)
-        sync.reduce(replica)
+        sync.reduce(replica, torch.zeros(2, dtype=torch.float64))
         sync.update(replica)
     return model.weight.item(), reducer.given, reducer.shapes, sorted(sync.state())
 
@@ -180,7 +179,6 @@ def asked_to_stop(member):
     stops = []
     for step in (1, 2, 3):
         sync.begin(step, replica, 1)
-        _, stop = sync.total(torch.zeros(2, dtype=torch.float64), member.index == 1)
-        sync.reduce(replica)
+        _, stop = sync.reduce(replica, torch.zeros(2, dtype=torch.float64), member.index == 1)
         stops.append(sync.update(replica).stop or stop)
     return stops

@@ -44,7 +44,7 @@ def on_member(member, reducer):
     sync.start(replica)
     for step in range(1, STEPS + 1):
         replica.begin(step)
-        sync.begin(step, replica, 1)
+        sync.begin(step, replica, member.index + 1)
         model["w"].grad = torch.as_tensor(gradient(step, member.index))
         sync.reduce(replica)
         sync.update(replica)
@@ -52,30 +52,36 @@ def on_member(member, reducer):
 
 
 def algorithm(code, members):
-    """Of the paper, with the corrections and the decay of AdamW, a code for each block, and one owner of all."""
+    """Of the paper, with the corrections and the decay of AdamW, a code for each block, and one owner of all.
+
+    The mean is by targets, of which member i has i + 1. Of two members nothing is encoded again.
+    """
     (b1, b2), w = OPTIONS.betas, np.ones(SHAPE)
     m, v, worker = np.zeros(SHAPE), np.zeros(SHAPE), [np.zeros(SHAPE)] * members
+    share = np.arange(1, members + 1) / sum(range(members + 1))
     for step in range(1, STEPS + 1):
         g = [gradient(step, i) for i in range(members)]
         if step <= EXACT:
-            m, v = b1 * m + (1 - b1) * sum(g), b2 * v + (1 - b2) * sum(g) ** 2
+            mean = sum(part * own for part, own in zip(share, g, strict=True))
+            m, v = b1 * m + (1 - b1) * mean, b2 * v + (1 - b2) * mean**2
         else:
-            p = [(b1 * m / members + (1 - b1) * own) + left for own, left in zip(g, worker, strict=True)]
+            p = [part * (b1 * m + (1 - b1) * own) + left for part, own, left in zip(share, g, worker, strict=True)]
             sent = [by_blocks(own, code) for own in p]
             worker = [own - coded for own, coded in zip(p, sent, strict=True)]
             # One block, so one owner: what the second encoding leaves out is sent by it with its own the next time.
             owner = zlib.crc32(b"w") % members
-            m = by_blocks(sum(sent), code)
+            m = by_blocks(sum(sent), code) if members > 2 else sum(sent)
             worker[owner] = worker[owner] + sum(sent) - m
         root = np.sqrt(v / (1 - b2 ** min(step, EXACT))) + OPTIONS.eps
         w = w * (1 - OPTIONS.lr * OPTIONS.weight_decay) - OPTIONS.lr * np.where(v > 0, m, 0) / (1 - b1**step) / root
     return w
 
 
+@pytest.mark.parametrize("members", [2, 3])
 @pytest.mark.parametrize("reducer", ["sign", "int4"])
-def test_averages_are_summed_in_place_of_gradients(reducer, pool):
-    expected = algorithm(CODES[reducer], 2)
-    for weights in pool.run(on_member, 2, reducer):
+def test_averages_are_summed_in_place_of_gradients(reducer, members, pool):
+    expected = algorithm(CODES[reducer], members)
+    for weights in pool.run(on_member, members, reducer):
         assert np.linalg.norm(weights - expected) <= FP64_EQUAL * np.linalg.norm(expected)
 
 

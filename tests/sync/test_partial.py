@@ -200,8 +200,7 @@ def one_moves(member):
         for name, mover in (("a", 0), ("b", 1)):
             moves = member.index == mover and (name == "a" or step == 3)
             model[name].grad = torch.full_like(model[name], float(moves))
-        sync.total(torch.zeros(2, dtype=torch.float64), False)
-        sync.reduce(replica)
+        sync.reduce(replica, torch.zeros(2, dtype=torch.float64))
         sync.update(replica)
         seen.append([model["a"][0].item(), model["b"][0].item()])
     return seen

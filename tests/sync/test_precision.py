@@ -44,8 +44,7 @@ def scaled_steps(member, run, steps):
             own = torch.inf if overflows else targets / group * scale.value
             replica.shards[0].set_gradient(torch.full((1, 1), own))
             replica.end_backward()
-            sync.total(torch.zeros(2, dtype=torch.float64), False)
-            sync.reduce(replica)
+            sync.reduce(replica, torch.zeros(2, dtype=torch.float64))
             finish = sync.update(replica)
             told.append((finish.stepped, scale.value, model.weight.item()))
         return told

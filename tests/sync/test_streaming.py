@@ -16,7 +16,6 @@ from paceline.parallel.precision import Masters
 from paceline.plan.wire import all_reduce_bytes
 from paceline.registry import REDUCERS, SYNCS
 from paceline.sync.base import SyncContext
-from paceline.sync.reducers.base import start_sum
 from paceline.sync.streaming_diloco import StreamingDiLoCo, dealt
 from paceline.train.replica import ModuleReplica
 from paceline.verify.double import in_double
@@ -173,8 +172,7 @@ def ahead(member, delay):
             member.store.set("ahead", b"yes")
         sync.begin(step, replica, 1)
         model.weight.grad = torch.full_like(model.weight, member.index + 1.0)
-        sync.total(torch.zeros(2, dtype=torch.float64), False)
-        sync.reduce(replica)
+        sync.reduce(replica, torch.zeros(2, dtype=torch.float64))
         sync.update(replica)
         seen.append(model.weight.item())
     return seen
@@ -188,20 +186,6 @@ def test_nobody_waits_before_the_fragment_is_due(pool):
     mean = 1 - sum(0.1 * sent * (index + 1) for index in range(2)) / 2
     assert first[-1] == second[-1] == pytest.approx(mean, rel=FP64_EQUAL)
     assert first[-2] == pytest.approx(1 - 0.1 * (2 * delay), rel=FP64_EQUAL)
-
-
-class AtOnce:
-    """A reducer that cannot overlap, and makes sums in what it was given."""
-
-    def weighted_sum(self, values, share, step):
-        return {name: value * share for name, value in values.items()}
-
-
-def test_a_reducer_that_cannot_overlap_sums_at_once():
-    value = torch.ones(2)
-    wait = start_sum(AtOnce(), {"w": value}, 0.5, 1)
-    value.zero_()
-    assert wait()["w"].tolist() == [0.5, 0.5]
 
 
 SYNC = {"name": "streaming_diloco", "every": 4, "fragments": 2, "delay": 3, "mixing": 0.5}
@@ -316,8 +300,8 @@ def asked_to_stop(member):
         for shard in replica.shards:
             shard.set_gradient(torch.zeros_like(shard.local))
         replica.end_backward()
-        stops.append(sync.total(torch.zeros(2, dtype=torch.float64), member.index == 1 and step >= 2)[1])
-        sync.reduce(replica)
+        is_asked = member.index == 1 and step >= 2
+        stops.append(sync.reduce(replica, torch.zeros(2, dtype=torch.float64), is_asked)[1])
         sync.update(replica)
         sync.state()  # a checkpoint does not lose it
     return stops

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
+from paceline.comm.mailbox import Mailbox
 from paceline.comm.shared import LEAST_BYTES, SharedSums, shared_sums
 from paceline.errors import LinkError
-from paceline.plan.wire import all_gather_bytes, all_reduce_bytes, all_to_all_bytes, broadcast_bytes
+from paceline.plan.wire import all_gather_bytes, all_reduce_bytes, all_to_all_bytes, broadcast_bytes, direct_bytes
 
 _NEVER_SENT = 2**20
 """A tag that no exchange has."""
@@ -169,9 +170,9 @@ class _Late:
 
 
 class _Work:
-    """A torch.distributed work whose failure is a ``LinkError``; what is ``left`` to do is done when it has ended."""
+    """A work of a group whose failure is a ``LinkError``; what is ``left`` to do is done when it has ended."""
 
-    def __init__(self, work: dist.Work, describe: Callable[[], str], left: Callable[[], object]) -> None:
+    def __init__(self, work: Pending, describe: Callable[[], str], left: Callable[[], object]) -> None:
         self._work = work
         self._describe = describe
         self._left = left
@@ -203,6 +204,7 @@ class GroupLink:
             self._group = _make_group(store, index, size, backend, timedelta(seconds=timeout_s), loopback)
         except RuntimeError as error:
             raise LinkError(f"{self._describe()} could not be formed: {_reason(error)}") from error
+        self._mailbox = Mailbox(self._group, index, size, direct_bytes(size)) if backend == "gloo" else None
         is_one_host = backend == "gloo" and loopback
         self._shared: SharedSums | None = shared_sums(index, self._tell) if is_one_host else None
 
@@ -212,12 +214,15 @@ class GroupLink:
         return self._sent_bytes + sum(sub.sent_bytes for sub in chain(*self._subs.values()))
 
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
-        """Start the sum over all members, within one host over memory that they share."""
+        """Start the sum over all members: a small one directly, a large one in memory that they share, if they do."""
+        sent = all_reduce_bytes(tensor.nbytes, self.size)
         if self._shared is not None and tensor.nbytes >= LEAST_BYTES:
             assert tensor.is_contiguous()
-            self._sent_bytes += all_reduce_bytes(tensor.nbytes, self.size)
+            self._sent_bytes += sent
             return _Late(self._shared.start(tensor))
-        return self._start(all_reduce_bytes(tensor.nbytes, self.size), lambda: self._group.allreduce([tensor]), tensor)
+        if (mailbox := self._mailbox) is not None and 0 < tensor.nbytes <= direct_bytes(self.size):
+            return self._start(sent, lambda: mailbox.all_reduce(tensor), tensor)
+        return self._start(sent, lambda: self._group.allreduce([tensor]), tensor)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> Pending:
         """Start the copy of the root's tensor."""
@@ -229,6 +234,8 @@ class GroupLink:
     def all_gather(self, into: torch.Tensor, tensor: torch.Tensor) -> Pending:
         """Start to collect every member's tensor."""
         sent = all_gather_bytes(tensor.nbytes, self.size)
+        if (mailbox := self._mailbox) is not None and tensor.nbytes > 0:
+            return self._start(sent, lambda: mailbox.all_gather(into, tensor), into, tensor)
         return self._start(sent, lambda: self._group._allgather_base(into.view(-1), tensor.view(-1)), into, tensor)
 
     def all_to_all(
@@ -303,7 +310,7 @@ class GroupLink:
     def _start(
         self,
         sent_bytes: int,
-        launch: Callable[[], dist.Work],
+        launch: Callable[[], Pending],
         *tensors: torch.Tensor,
         left: Callable[[], object] = lambda: None,
     ) -> Pending:

@@ -113,10 +113,10 @@ class Replica(Protocol):
         """By what gradients are multiplied until the step is finished: the loss scale."""
         ...
 
-    def outgoing(self, gradients: Mapping[str, torch.Tensor], part: float) -> Mapping[str, torch.Tensor]:
-        """What is to be summed where sums are not exact: gradients, or what the optimizer would rather have.
+    def outgoing(self, gradients: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Of what the mean is to be taken where sums are not exact: gradients, or what the optimizer would rather have.
 
-        ``gradients``: without the loss scale, by the names of the shards. ``part``: 1 over the replicas. Who sums
+        ``gradients``: of this replica's own mean loss, without the loss scale, by the names of the shards. Who sums
         exactly leaves this out.
         """
         ...

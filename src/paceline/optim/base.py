@@ -149,8 +149,8 @@ class Exchanging(Protocol):
         """Say of the coming step whether its sums are exact: of gradients. If not, they are of what is ``outgoing``."""
         ...
 
-    def outgoing(self, parameter: Tensor, gradient: Tensor, part: float) -> Tensor:
-        """What this replica sends for its gradient; ``part`` is 1 over the replicas."""
+    def outgoing(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """What this replica sends for its gradient. What all go on with is the mean, by the same weights."""
         ...
 
 

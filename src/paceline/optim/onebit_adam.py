@@ -57,11 +57,11 @@ class _OneBitAdam(Elementwise):
         self._options = options
         self._is_exact = True
 
-    def outgoing(self, parameter: Tensor, gradient: Tensor, part: float) -> Tensor:
-        """See ``Exchanging``: the average as it would be with this gradient, as much of it as is this replica's."""
+    def outgoing(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """See ``Exchanging``: the average as it would be with this gradient."""
         beta1, state = self._options.betas[0], self.state[parameter]
         sent = gradient * (1 - beta1)
-        return sent.add_(state["average"], alpha=beta1 * part) if state else sent
+        return sent.add_(state["average"], alpha=beta1) if state else sent
 
     def expect(self, is_exact: bool) -> None:
         """See ``Exchanging``."""

@@ -6,8 +6,19 @@
 
 
 def all_reduce_bytes(n_bytes: int, size: int) -> int:
-    """A sum over ``size`` members by a ring, which is optimal (Patarasuk & Yuan 2009)."""
+    """A sum over ``size`` members by a ring, which is optimal (Patarasuk & Yuan 2009); of a small tensor directly."""
+    if n_bytes <= direct_bytes(size):
+        return (size - 1) * n_bytes
     return 2 * (size - 1) * n_bytes // size
+
+
+def direct_bytes(size: int) -> int:
+    """The largest tensor that each member sends to all others for a sum: one delay, where a ring has many.
+
+    As much as this sends 32 KiB more than a ring would, 3 ms at 100 Mbit/s; between two members it is no more, and the
+    bound is the memory that is kept free for what comes in.
+    """
+    return 2**20 if size <= 2 else max(64, 2**15 * size // ((size - 1) * (size - 2)))
 
 
 def all_gather_bytes(n_bytes: int, size: int) -> int:

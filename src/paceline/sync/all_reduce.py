@@ -17,7 +17,7 @@ from paceline.comm.replica import Finish, Replica, Shard
 from paceline.config import ChosenFrom, Natural, Options, Positive
 from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.registry import REDUCERS
-from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState, check_equal_start
+from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState, check_equal_start, start_total
 from paceline.sync.buckets import bucketed, elements
 from paceline.sync.reduced import ReducedSync
 from paceline.sync.reducers.mean import Mean
@@ -92,7 +92,7 @@ class AllReduce(Options):
         """The strategy at work."""
         if not self.is_exact:
             return ReducedSync(
-                context.link,
+                context,
                 self.reducer.build(context),
                 exact=Mean().build(context),
                 exact_steps=self.exact_steps,
@@ -173,18 +173,16 @@ class AllReduceSync:
         self.link.all_reduce(total).wait()
         return int(total.item())
 
-    def total(self, values: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
-        """Sum over all replicas; all stop if one was asked to."""
-        total = torch.cat([values, values.new_tensor([float(stop)])]).to(self._device)
-        self.link.all_reduce(total).wait()
-        return total[:-1], bool(total[-1] > 0)
-
-    def reduce(self, replica: Replica) -> None:
-        """Put the sums of all replicas in the place of their gradients."""
+    def reduce(
+        self, replica: Replica, values: torch.Tensor | None = None, stop: bool = False
+    ) -> tuple[torch.Tensor, bool]:
+        """Put the sums of all replicas in the place of their gradients; all stop if one was asked to."""
+        told = start_total(self.link, values, stop, self._device)
         for bucket in self._buckets:
             assert bucket.pending is not None
             bucket.pending.wait()
             bucket.empty()
+        return told()
 
     def update(self, replica: Replica) -> Finish:
         """Step, or do not, as all others: summed gradients are the same bits in all replicas.

@@ -14,7 +14,7 @@ from paceline.comm.boxes import whole
 from paceline.comm.replica import Finish, Replica, Shard
 from paceline.models.chance import stream_seed
 from paceline.parallel.rounding import round_box
-from paceline.sync.base import SyncContext, check_equal_start
+from paceline.sync.base import NOTHING, SyncContext, check_equal_start
 
 
 class Alone(ABC):
@@ -34,14 +34,15 @@ class Alone(ABC):
         self._step, self._count = step, count
         return count
 
+    def reduce(self, replica: Replica, values: Tensor | None = None, stop: bool = False) -> tuple[Tensor, bool]:
+        """Gradients are each replica's own, and so is what is reported."""
+        return (NOTHING, False) if values is None else self.total(values, stop)
+
     def total(self, values: Tensor, stop: bool) -> tuple[Tensor, bool]:
         """This replica's own values. All stop, if one was asked to, when replicas talk."""
         if self._link.size == 1:
             return values, stop
         return values, self._talks(self._step) and self._sum(float(stop)).item() > 0
-
-    def reduce(self, replica: Replica) -> None:  # noqa: B027 - there is nothing to do in any of them
-        """Gradients are each replica's own."""
 
     def update(self, replica: Replica) -> Finish:
         """Step, and what comes after it; unless the run is to end here: then weights stay as they are."""

@@ -12,7 +12,7 @@ from paceline.comm.replica import Finish, Remote, Replica
 from paceline.errors import TrainError
 from paceline.plan.wire import all_reduce_bytes
 from paceline.sync.alone import wide
-from paceline.sync.base import Share, SyncContext, SyncState, check_equal_start
+from paceline.sync.base import NOTHING, Share, SyncContext, SyncState, check_equal_start
 from paceline.sync.served import Servers, as_remote, owned
 from paceline.sync.server import messages as m
 from paceline.sync.server.channel import Channel
@@ -107,13 +107,12 @@ class AsyncLocalSync:
         self._count = count
         return count
 
-    def total(self, values: Tensor, stop: bool) -> tuple[Tensor, bool]:
-        """This replica's own values; all stop, if one was asked to, where they meet."""
+    def reduce(self, replica: Replica, values: Tensor | None = None, stop: bool = False) -> tuple[Tensor, bool]:
+        """Gradients and values are this replica's own; all stop, if one was asked to, where they meet."""
+        if values is None:
+            return NOTHING, False
         self._asked = stop
         return values, False
-
-    def reduce(self, replica: Replica) -> None:
-        """Gradients are each replica's own."""
 
     def update(self, replica: Replica) -> Finish:
         """Step; at the end of a lease push, and take the next one."""

@@ -49,6 +49,8 @@ class SyncContext:
     """After which steps weights are measured or saved, so that replicas have to hold the same."""
     clip_norm: float | None = None
     """What ``train.clip_norm`` asks for, where the strategy clips itself."""
+    is_outermost: bool = True
+    """Whether no other strategy stands above: what it names by ``begin`` divides the loss."""
 
     def full_tensors(self, shards: Sequence[Shard]) -> FullTensors:
         """Of some parameters, for what needs more of a tensor than a rank holds."""
@@ -99,23 +101,25 @@ class Sync(Protocol):
         """Before the first step: make sure that all replicas start from the same weights."""
 
     def begin(self, step: int, replica: Replica, count: int) -> int:
-        """Before the backward pass: the number of targets in the group this strategy names, which divides the loss.
+        """Before the backward pass: the targets by which the loss is divided, of the group that this strategy names.
 
         ``count`` is this replica's own number of targets. An optimizer may want other gradients of the batch besides:
         ``begin`` and ``reduce`` are called for each of them too, and ``update`` once, for the step.
         """
         ...
 
-    def total(self, values: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
-        """A small fp64 vector summed over the replicas that are reported together, and whether all stop after the step.
+    def reduce(
+        self, replica: Replica, values: torch.Tensor | None = None, stop: bool = False
+    ) -> tuple[torch.Tensor, bool]:
+        """After the backward pass: replace the gradients by those the step is taken with, if replicas share them.
 
-        ``stop``: this replica was asked to. All give the same answer, which may have to wait until they next talk; if
-        that is at the end of the step, ``update`` gives it (``Finish.stop``).
+        Besides, ``values``, a small fp64 vector, summed over the replicas that are reported together, and whether all
+        stop after the step; ``stop``: this replica was asked to. Where replicas talk, this is on its way with the
+        gradients. All give the same answer to ``stop``, which may have to wait until they next talk; if that is at the
+        end of the step, ``update`` gives it (``Finish.stop``). Without ``values``, for another gradient of the batch,
+        nothing is reported.
         """
         ...
-
-    def reduce(self, replica: Replica) -> None:
-        """After the backward pass: replace the gradients by those the step is taken with, if replicas share them."""
 
     def update(self, replica: Replica) -> Finish:
         """Finish the step, and exchange what is exchanged after it.
@@ -214,6 +218,26 @@ class SyncState:
     """Of what one rank of the stage has by itself: whether that is this one; if not, the tensor means nothing."""
     rule: Literal["mean", "clone", "fresh"] | None = None
     """What becomes of it when the number of replicas changes (``checkpoint.state``); None if they all have the same."""
+
+
+NOTHING = torch.zeros(0, dtype=torch.float64)
+"""What is reported of a gradient beside that of the step."""
+
+
+def start_total(
+    link: Link, values: torch.Tensor | None, stop: bool, device: torch.device
+) -> Callable[[], tuple[torch.Tensor, bool]]:
+    """Start what ``Sync.reduce`` reports where all replicas talk; what is returned waits for it."""
+    if values is None:
+        return lambda: (NOTHING, False)
+    total = torch.cat([values, values.new_tensor([float(stop)])]).to(device)
+    pending = link.all_reduce(total)
+
+    def wait() -> tuple[torch.Tensor, bool]:
+        pending.wait()
+        return total[:-1], bool(total[-1] > 0)
+
+    return wait
 
 
 def check_equal_start(link: Link, replica: Replica) -> None:

@@ -13,7 +13,7 @@ from paceline.data.rounds import Round, Visit
 from paceline.sync.aggregates.base import Collected
 from paceline.sync.aggregation import Aggregation, FairMean, WeightedMean
 from paceline.sync.alone import wide
-from paceline.sync.base import SyncContext, SyncState, check_equal_start
+from paceline.sync.base import NOTHING, SyncContext, SyncState, check_equal_start
 from paceline.sync.control import ControlVariates
 from paceline.sync.moments import ClientMoments
 from paceline.sync.privacy import Privacy
@@ -94,17 +94,18 @@ class FederatedSync:
         self._count = count
         return count
 
-    def total(self, values: Tensor, stop: bool) -> tuple[Tensor, bool]:
-        """The client's own values; those of the round are told when it closes."""
-        self._sums += values.cpu()
-        self._learned += self._count
-        if math.isnan(self._loss) and self._count > 0:
-            self._loss = float(values[0]) / self._count
-        return values, stop
-
     @torch.no_grad()
-    def reduce(self, replica: Replica) -> None:
-        """Add what holds the client near the others to its gradient."""
+    def reduce(self, replica: Replica, values: Tensor | None = None, stop: bool = False) -> tuple[Tensor, bool]:
+        """Add what holds the client near the others to its gradient. Values are its own; the round tells its."""
+        if values is not None:
+            self._sums += values.cpu()
+            self._learned += self._count
+            if math.isnan(self._loss) and self._count > 0:
+                self._loss = float(values[0]) / self._count
+        self._correct(replica)
+        return (NOTHING, False) if values is None else (values, stop)
+
+    def _correct(self, replica: Replica) -> None:
         if not (self._options.proximal or self._control is not None):
             return
         for shard in replica.shards:

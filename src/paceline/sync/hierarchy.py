@@ -3,8 +3,8 @@
 The group that a level makes is a replica to the level above. So in a step targets, losses and gradients go up from the
 innermost level, and only then is the step finished, from the outermost level down:
 
-    begin, total, reduce    inner, then outer with what inner gave
-    update                  outer.update(group) -> group.finish -> inner.update(replica) -> replica.finish
+    begin, reduce    inner, then outer with what inner gave
+    update           outer.update(group) -> group.finish -> inner.update(replica) -> replica.finish
 
 Every replica of a group has its own link to its counterparts in the other groups, and its own copy of the outer state.
 """
@@ -32,7 +32,10 @@ def build_sync(levels: Sequence[SyncConfig], links: Sequence[Link], *, steps: in
                 f"sync: {type(level).__name__} below another level is not built, for its replicas differ between "
                 "exchanges. Use it as the last of the list, or all_reduce in its place"
             )
-    contexts = [SyncContext(link=link, steps=steps, seed=seed, **other) for link in links]
+    contexts = [
+        SyncContext(link=link, steps=steps, seed=seed, is_outermost=i == len(links) - 1, **other)
+        for i, link in enumerate(links)
+    ]
     sync, *above = [level.build(context) for level, context in zip(levels, contexts, strict=True)]
     for outer in above:
         sync = Hierarchy(sync, outer)
@@ -57,9 +60,9 @@ class _Group:
         """That of its replicas."""
         return self._replica.gradient_scale
 
-    def outgoing(self, gradients: Mapping[str, Tensor], part: float) -> Mapping[str, Tensor]:
+    def outgoing(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See ``Replica``."""
-        return self._replica.outgoing(gradients, part)
+        return self._replica.outgoing(gradients)
 
     def on_gradient_ready(self, fn: Callable[[Shard], None]) -> None:
         """Gradients are the group's own after the inner level's ``reduce``."""
@@ -114,15 +117,11 @@ class Hierarchy:
         """The targets that the outer level names, of those of the group."""
         return self._outer.begin(step, self._group, self._inner.begin(step, replica, count))
 
-    def total(self, values: Tensor, stop: bool) -> tuple[Tensor, bool]:
+    def reduce(self, replica: Replica, values: Tensor | None = None, stop: bool = False) -> tuple[Tensor, bool]:
         """Up the levels: who is asked to stop asks again until all levels have heard."""
-        return self._outer.total(*self._inner.total(values, stop))
-
-    def reduce(self, replica: Replica) -> None:
-        """Up the levels."""
-        self._inner.reduce(replica)
+        sums, stops = self._inner.reduce(replica, values, stop)
         self._group.tell()
-        self._outer.reduce(self._group)
+        return self._outer.reduce(self._group, None if values is None else sums, stops)
 
     def update(self, replica: Replica) -> Finish:
         """Down the levels."""

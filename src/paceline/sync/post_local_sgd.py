@@ -83,13 +83,9 @@ class PostLocalSGDSync:
         self._now = self._early if step <= self._start else self._late
         return self._now.begin(step, replica, count)
 
-    def total(self, values: Tensor, stop: bool) -> tuple[Tensor, bool]:
+    def reduce(self, replica: Replica, values: Tensor | None = None, stop: bool = False) -> tuple[Tensor, bool]:
         """As the strategy of this step."""
-        return self._now.total(values, stop)
-
-    def reduce(self, replica: Replica) -> None:
-        """As the strategy of this step."""
-        self._now.reduce(replica)
+        return self._now.reduce(replica, values, stop)
 
     def update(self, replica: Replica) -> Finish:
         """As the strategy of this step; differences are counted from where the first steps led."""

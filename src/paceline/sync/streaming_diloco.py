@@ -32,7 +32,7 @@ from paceline.registry import REDUCERS
 from paceline.sync.alone import Alone, share_of, wide
 from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState
 from paceline.sync.diloco import OuterOptions, OuterSGD
-from paceline.sync.reducers.base import Wait, start_sum
+from paceline.sync.reducers.base import Wait
 from paceline.sync.reducers.mean import Mean
 
 
@@ -259,7 +259,7 @@ class StreamingSync(Alone):
             own = wide(shard.local)
             values[shard.name] = own if self._options.reducer.is_exact else wide(self._agreed[shard.name]) - own
         self._sent[p], self._windows[p] = self._step, 0.0
-        fragment.wait = start_sum(fragment.reducer, values, share, self._step)
+        fragment.wait = fragment.reducer.start_sum(values, share, self._step)
 
     def _arrive(self, *fragments: int) -> None:
         """Wait for what was sent, and take the outer step."""

@@ -54,10 +54,8 @@ class Again:
     def gradient(self) -> float:
         """The mean loss over the replicas that the sync takes together; its gradients are the parameters'."""
         loss_sum, own_targets, _ = self._pass(self._batches, self.run(self._batches))
-        self._show()
         (own_loss,), _ = self._replica.total([loss_sum])
-        sums, _ = self._sync.total(torch.tensor([own_loss, own_targets], dtype=torch.float64), False)
-        total, targets = sums.tolist()
+        (total, targets), _ = self._show([own_loss, own_targets])
         return float(total / max(1.0, targets))
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -83,7 +81,7 @@ class Again:
         draw = Draw(seed=self._replica.seed, step=step)
         batches = [replace(batch, draw=draw) for batch in self._batches]
         _, _, group_targets = self._pass(batches, self.run(batches))
-        norm = self._show()
+        _, norm = self._show()
         if math.isfinite(norm):
             optimizer.estimate(group_targets)
         elif not self._replica.loss_scale.is_dynamic:
@@ -96,12 +94,12 @@ class Again:
 
     @torch.enable_grad()
     def _pass(self, batches: Sequence[Batch], run: Run) -> tuple[float, int, int]:
-        """This rank's summed loss, the replica's targets, and those of the group; gradients are left as they come."""
+        """This rank's summed loss, the replica's targets, and those of the group. Gradients are still its own."""
         self._replica.clear_gradients()
-        sums = backward(self._replica, self._sync, batches, run, step=self._step)
-        self._sync.reduce(self._replica)
-        return sums
+        return backward(self._replica, self._sync, batches, run, step=self._step)
 
-    def _show(self) -> float:
-        """Lend the optimizer the gradients; returns their norm."""
-        return self._replica.lend_unscaled()
+    def _show(self, values: Sequence[float] = ()) -> tuple[list[float], float]:
+        """Exchange the gradients and lend them to the optimizer; some values summed along with them, and their norm."""
+        told = torch.tensor(values, dtype=torch.float64) if values else None
+        sums, _ = self._sync.reduce(self._replica, told)
+        return sums.tolist(), self._replica.lend_unscaled()

@@ -130,13 +130,13 @@ class ModuleReplica:
         self._untold = set(self._by_name)
 
     @torch.no_grad()
-    def outgoing(self, gradients: Mapping[str, Tensor], part: float) -> Mapping[str, Tensor]:
+    def outgoing(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See ``Replica``."""
         optimizer = self.optimizer
         if not isinstance(optimizer, Exchanging):
             return gradients
         optimizer.expect(is_exact=False)
-        return {name: optimizer.outgoing(self.local[name], value, part) for name, value in gradients.items()}
+        return {name: optimizer.outgoing(self.local[name], value) for name, value in gradients.items()}
 
     def expect(self, last: bool) -> None:
         """Say whether the next backward pass is the last of the step."""

@@ -16,7 +16,7 @@ from paceline.train.replica import ModuleReplica
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did, over the replicas whose sums the sync takes together (``Sync.total``)."""
+    """What a step did, over the replicas whose sums the sync takes together (``Sync.reduce``)."""
 
     loss: float
     """Mean over the targets, before the update."""
@@ -43,12 +43,11 @@ def train_step(
     again.estimate()
     loss_sum, own_targets, _ = backward(replica, sync, batches, again.run(batches), step=step)
     (own_loss,), stop = replica.total([loss_sum], stop=stop)
-    sums, stop = sync.total(torch.tensor([own_loss, own_targets], dtype=torch.float64), stop)
+    sums, stop = sync.reduce(replica, torch.tensor([own_loss, own_targets], dtype=torch.float64), stop)
     total_loss, targets = sums.tolist()
     again.loss = loss = total_loss / max(1, targets)
     if not math.isfinite(loss):
         replica.veto()
-    sync.reduce(replica)
     finish = sync.update(replica)
     if not (finish.stepped or finish.overflowed):
         raise NonFiniteError(_what_went_bad(loss, finish.gradient_norm, step))

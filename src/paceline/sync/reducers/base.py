@@ -5,7 +5,7 @@ it makes of a value must not depend on how a replica is cut: it works on single 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -49,6 +49,13 @@ class Reducer(Protocol):
         """
         ...
 
+    def start_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Wait:
+        """``weighted_sum`` that does not wait: what it returns does, and may exchange more.
+
+        ``values`` may change as soon as this returns. A sum is waited for before the next one is started.
+        """
+        ...
+
     def settle(self, unused: Collection[str] = ()) -> None:
         """Say that the last sum has been used, but for some names, whose state becomes what it was before that sum.
 
@@ -59,23 +66,3 @@ class Reducer(Protocol):
     def state(self) -> Mapping[str, SyncState]:
         """What was left out and is still to be sent, as in ``Sync.state``."""
         ...
-
-
-@runtime_checkable
-class Overlapping(Protocol):
-    """A reducer whose sums can be on their way while something else is computed."""
-
-    def start_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Wait:
-        """``Reducer.weighted_sum`` that does not wait: what it returns does.
-
-        ``values`` may change as soon as this returns. A sum is waited for before the next one is started.
-        """
-        ...
-
-
-def start_sum(reducer: Reducer, values: Mapping[str, Tensor], share: float, step: int) -> Wait:
-    """Start a sum; one of a reducer that cannot overlap is there when this returns."""
-    if isinstance(reducer, Overlapping):
-        return reducer.start_sum(values, share, step)
-    sums = reducer.weighted_sum(values, share, step)
-    return lambda: sums

@@ -1,7 +1,7 @@
 """What reducers of fixed blocks share: the way from parts of tensors to whole blocks and back, and error feedback."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from paceline.comm.replica import Shard
 from paceline.models.chance import fold, stream_seed
 from paceline.parallel.dealt import Dealt
 from paceline.sync.base import SyncContext, SyncState
+from paceline.sync.reducers.base import Wait
 from paceline.sync.reducers.residual import Residual
 
 
@@ -22,26 +23,37 @@ class BlockReducer(ABC):
         self._residual = Residual(is_kept=error_feedback, members=context.link.size, decay=decay)
         self.dealt: Dealt
         self.device: torch.device
+        self._like: dict[str, Tensor] = {}
+        """Shapes of this rank's parts."""
 
     def start(self, shards: Sequence[Shard]) -> None:
         """Deal out the blocks inside the replica."""
         self.dealt = Dealt(self._context.full_tensors(shards), [shard.name for shard in shards], self.size)
         self.device = shards[0].local.device if shards else torch.device("cpu")
+        self._like = {shard.name: torch.empty_like(shard.local, device="meta") for shard in shards}
         self._residual.start(shards)
 
     def weighted_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Mapping[str, Tensor]:
         """See ``Reducer``."""
+        return self.start_sum(values, share, step)()
+
+    def start_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Wait:
+        """See ``Reducer``."""
         sent = self._residual.add(values, share)
         if self.link.size == 1:
             self._residual.keep({name: torch.zeros_like(tensor) for name, tensor in sent.items()})
-            return sent
+            return lambda: sent
         blocks = self.dealt.gather(sent)
-        del sent
         # Who has no block has none in any replica.
-        sums = self.exchanged(blocks, step) if len(blocks) else blocks
-        if self.error_feedback:
-            self._residual.keep(self.dealt.scatter(blocks, values))
-        return self.dealt.scatter(sums, values)
+        arrive = self.start_exchange(blocks, step) if len(blocks) else lambda: blocks
+
+        def wait() -> Mapping[str, Tensor]:
+            sums = arrive()
+            if self.error_feedback:
+                self._residual.keep(self.dealt.scatter(blocks, self._like))
+            return self.dealt.scatter(sums, self._like)
+
+        return wait
 
     def settle(self, unused: Collection[str] = ()) -> None:
         """See ``Reducer``."""
@@ -52,8 +64,11 @@ class BlockReducer(ABC):
         return self._residual.state()
 
     @abstractmethod
-    def exchanged(self, blocks: Tensor, step: int) -> Tensor:
-        """The sums of the blocks (N, size) of all members; what is left out stays in ``blocks``."""
+    def start_exchange(self, blocks: Tensor, step: int) -> Callable[[], Tensor]:
+        """Start the sums of the blocks (N, size) of all members; what is returned waits for them.
+
+        What is left out stays in ``blocks``.
+        """
 
     def keys(self, step: int, who: int | str) -> Tensor:
         """For each of this rank's blocks what its draws follow from, whoever has it: int64 (N,)."""

@@ -7,6 +7,9 @@
 Codes are never added up themselves: a sum of int8 overflows, a sum of bf16 rounds at each member. Block i of a tensor
 is owned by member (i + a number that follows from the name) modulo the members, so that it does not depend on the
 layout who keeps what the second encoding leaves out. Each member is sent as many blocks as the one who owns most.
+
+Of two members each sends all its blocks to the other: as many bytes at once as otherwise one after the other, and no
+sum has to be encoded.
 """
 
 import math
@@ -17,6 +20,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from paceline.comm.link import Pending
 from paceline.comm.replica import Shard
 from paceline.config import Options
 from paceline.models.chance import drawn
@@ -61,7 +65,9 @@ class CodedOptions(Options):
     code: ClassVar[Code]
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
-        """Encoded blocks to their owners, and sums back to all."""
+        """Encoded blocks to their owners, and sums back to all; of two members all blocks to the other."""
+        if members == 2:
+            return sum(blocks_of(shape, BLOCK) for shape in shapes.values()) * self.code.row_bytes(4)
         return 2 * (members - 1) * most_owned(shapes, members) * self.code.row_bytes(4)
 
     def state_bytes(self, shapes: Shapes) -> int:
@@ -89,27 +95,39 @@ class CodedReducer(BlockReducer):
         sent, self._rows = _dealt_to_members(self.dealt.runs, self.link.size)
         self._sent, self._lengths = sent.to(self.device), self.dealt.lengths.to(self.device)
 
-    def exchanged(self, blocks: Tensor, step: int) -> Tensor:
+    def start_exchange(self, blocks: Tensor, step: int) -> Callable[[], Tensor]:
         """See ``BlockReducer``."""
-        link, code, dtype = self.link, self._code, blocks.dtype
-        rows = code.encode(blocks, self._lengths, self._draw(step, link.index))
-        blocks -= code.decode(rows, dtype)
+        rows = self._code.encode(blocks, self._lengths, self._draw(step, self.link.index))
+        blocks -= self._code.decode(rows, blocks.dtype)
+        if self.link.size == 2:
+            gathered = rows.new_empty(2, *rows.shape)
+            pending = self.link.all_gather(gathered, rows)
+            return lambda: self._added(pending, gathered, blocks.dtype)
         sent = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])[self._sent]
         received = torch.empty_like(sent)
-        link.all_to_all(received, sent).wait()
+        pending = self.link.all_to_all(received, sent)
+        pieces = received.view(self.link.size, self._rows, -1)
+        return lambda: self._by_owners(self._added(pending, pieces, blocks.dtype), blocks, step)
 
-        total = blocks.new_zeros(self._rows, BLOCK)
-        for piece in received.split(self._rows):
-            total += code.decode(piece, dtype)
+    def _added(self, pending: Pending, pieces: Tensor, dtype: torch.dtype) -> Tensor:
+        """What arrives (members, N, bytes), decoded and added up in the order of members."""
+        pending.wait()
+        total = torch.zeros(pieces.shape[1], BLOCK, dtype=dtype, device=pieces.device)
+        for piece in pieces:
+            total += self._code.decode(piece, dtype)
+        return total
+
+    def _by_owners(self, total: Tensor, blocks: Tensor, step: int) -> Tensor:
+        """Encode the sums that this member owns, and collect those of all."""
+        link, code, dtype = self.link, self._code, blocks.dtype
         owned = self._sent[link.index * self._rows :][: self._rows]
         is_block = owned < len(blocks)
         owned, total = owned[is_block], total[is_block]
-        own = rows.new_zeros(self._rows, rows.shape[1])
+        own = torch.zeros(self._rows, code.row_bytes(blocks.element_size()), dtype=torch.uint8, device=blocks.device)
         if len(owned):
             own[is_block] = code.encode(total, self._lengths[owned], self._draw(step, "sum", owned))
             blocks[owned] += total - code.decode(own[is_block], dtype)
-
-        gathered = received.view(link.size, *own.shape)
+        gathered = own.new_empty(link.size, *own.shape)
         link.all_gather(gathered, own).wait()
         sums = blocks.new_empty(len(blocks) + 1, BLOCK)
         sums[self._sent] = code.decode(gathered.flatten(0, 1), dtype)

@@ -23,7 +23,7 @@ from paceline.plan.wire import all_gather_bytes
 from paceline.sync.base import Shapes, SyncContext
 from paceline.sync.reducers.packing import as_bytes, from_bytes, packed_12, unpacked_12
 from paceline.sync.reducers.topk import greatest, row_bytes
-from paceline.sync.reducers.whole import WholeReducer, as_matrix
+from paceline.sync.reducers.whole import Arrive, WholeReducer, as_matrix
 
 TILE = 64
 
@@ -66,9 +66,7 @@ class DctTopKReducer(WholeReducer):
         """Every tensor."""
         return True
 
-    def exchanged(
-        self, whole: Mapping[str, Tensor], plain: dict[str, Tensor], step: int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def start_exchange(self, whole: Mapping[str, Tensor], plain: dict[str, Tensor], step: int) -> Arrive:
         """See ``WholeReducer``."""
         rows, rest = [], {}
         for name, tensor in whole.items():
@@ -78,15 +76,20 @@ class DctTopKReducer(WholeReducer):
             rows.append(torch.cat([as_bytes(values), packed_12(places)], 1))
             rest[name] = tensor - from_tiles(torch.zeros_like(tiles).scatter_(1, places, values), tensor.shape)
         if not rows:  # as in all replicas
-            return {}, {}
+            return lambda: ({}, {})
         sent = torch.cat([row.flatten() for row in rows])
         gathered = sent.new_empty(self.link.size, sent.numel())
-        self.link.all_gather(gathered, sent).wait()
-        told = gathered.split([row.numel() for row in rows], dim=1)
-        return {
-            name: self._sum(tensor, of_all.reshape(-1, *row.shape))
-            for (name, tensor), of_all, row in zip(whole.items(), told, rows, strict=True)
-        }, rest
+        pending = self.link.all_gather(gathered, sent)
+
+        def arrive() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            pending.wait()
+            told = gathered.split([row.numel() for row in rows], dim=1)
+            return {
+                name: self._sum(tensor, of_all.reshape(-1, *row.shape))
+                for (name, tensor), of_all, row in zip(whole.items(), told, rows, strict=True)
+            }, rest
+
+        return arrive
 
     def _sum(self, like: Tensor, rows: Tensor) -> Tensor:
         """Of one tensor, from what each member has sent: (members, tiles, bytes)."""

@@ -63,7 +63,7 @@ class MeanReducer:
         return self.start_sum(values, share, step)()
 
     def start_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Wait:
-        """See ``Overlapping``."""
+        """See ``Reducer``."""
         started = []
         for shards in self._buckets:
             dtype = functools.reduce(torch.promote_types, (values[shard.name].dtype for shard in shards))

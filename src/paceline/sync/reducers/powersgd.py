@@ -12,7 +12,7 @@ compute the same factors from the same sums, which takes the same library and pr
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from paceline.config import Count, Options
 from paceline.models.chance import stream_seed
 from paceline.plan.wire import all_reduce_bytes
 from paceline.sync.base import Shapes, SyncContext, SyncState
-from paceline.sync.reducers.whole import WholeReducer, as_matrix
+from paceline.sync.reducers.whole import Arrive, WholeReducer, as_matrix
 
 
 class PowerSGD(Options):
@@ -83,25 +83,28 @@ class PowerSGDReducer(WholeReducer):
                 dtype = torch.promote_types(shard.local.dtype, torch.float32)
                 self._right[shard.name] = self._by_chance(shard.name, 0).to(shard.local.device, dtype)
 
-    def exchanged(
-        self, whole: Mapping[str, Tensor], plain: dict[str, Tensor], step: int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def start_exchange(self, whole: Mapping[str, Tensor], plain: dict[str, Tensor], step: int) -> Arrive:
         """See ``WholeReducer``."""
         matrices = {name: tensor.reshape(as_matrix(tensor.shape)) for name, tensor in whole.items()}
         before = self._right
         if not self._options.warm_start:
             before = {name: self._by_chance(name, step).to(q) for name, q in before.items()}
-
         left = {name: matrix @ before[name] for name, matrix in matrices.items()}
-        self._add_up(left, plain)
-        left = {name: _basis(p) for name, p in left.items()}
-        own = {name: matrix.T @ left[name] for name, matrix in matrices.items()}
-        right = {name: q.clone() for name, q in own.items()}
-        self._add_up(right)
+        add_up = self._start_adding_up(left, plain)
 
-        self._right_before, self._right = self._right, {name: self._begun_anew(name, q) for name, q in right.items()}
-        sums = {name: (left[name] @ right[name].T).view(tensor.shape) for name, tensor in whole.items()}
-        return sums, {name: t - (left[name] @ own[name].T).view(t.shape) for name, t in whole.items()}
+        def arrive() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            add_up()
+            basis = {name: _basis(p) for name, p in left.items()}
+            own = {name: matrix.T @ basis[name] for name, matrix in matrices.items()}
+            right = {name: q.clone() for name, q in own.items()}
+            self._start_adding_up(right)()
+
+            begun = {name: self._begun_anew(name, q) for name, q in right.items()}
+            self._right_before, self._right = self._right, begun
+            sums = {name: (basis[name] @ right[name].T).view(tensor.shape) for name, tensor in whole.items()}
+            return sums, {name: t - (basis[name] @ own[name].T).view(t.shape) for name, t in whole.items()}
+
+        return arrive
 
     def settle(self, unused: Collection[str] = ()) -> None:
         """See ``Reducer``."""
@@ -122,16 +125,21 @@ class PowerSGDReducer(WholeReducer):
         }
         return {**super().state()} | factors
 
-    def _add_up(self, *tensors: dict[str, Tensor]) -> None:
-        """Sums over the members, in place of the tensors, in one exchange."""
+    def _start_adding_up(self, *tensors: dict[str, Tensor]) -> Callable[[], None]:
+        """Start the sums over the members in one exchange; what is returned puts them in place of the tensors."""
         each = [(kept, name) for kept in tensors for name in kept]
         if not each:
-            return
+            return lambda: None
         together = torch.cat([kept[name].reshape(-1) for kept, name in each])
-        self.link.all_reduce(together).wait()
-        parts = together.split([kept[name].numel() for kept, name in each])
-        for (kept, name), part in zip(each, parts, strict=True):
-            kept[name] = part.view(kept[name].shape)
+        pending = self.link.all_reduce(together)
+
+        def add_up() -> None:
+            pending.wait()
+            parts = together.split([kept[name].numel() for kept, name in each])
+            for (kept, name), part in zip(each, parts, strict=True):
+                kept[name] = part.view(kept[name].shape)
+
+        return add_up
 
     def _begun_anew(self, name: str, right: Tensor) -> Tensor:
         is_zero = (right == 0).all(0)

@@ -6,6 +6,7 @@ the share, which makes the mean right; with it, it is sent as it is.
 """
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -54,7 +55,7 @@ class RandomKReducer(BlockReducer):
         super().__init__(context, BLOCK, error_feedback=error_feedback)
         self._number = number
 
-    def exchanged(self, blocks: Tensor, step: int) -> Tensor:
+    def start_exchange(self, blocks: Tensor, step: int) -> Callable[[], Tensor]:
         """See ``BlockReducer``."""
         places = self._places(step)
         sent = blocks.gather(1, places)
@@ -63,8 +64,13 @@ class RandomKReducer(BlockReducer):
         # What is not finite must be seen by all, also where it is not taken.
         sent[~blocks.isfinite().all(1)] = torch.nan
         blocks.scatter_(1, places, 0.0)
-        self.link.all_reduce(sent).wait()
-        return torch.zeros_like(blocks).scatter_(1, places, sent)
+        pending = self.link.all_reduce(sent)
+
+        def arrive() -> Tensor:
+            pending.wait()
+            return torch.zeros_like(blocks).scatter_(1, places, sent)
+
+        return arrive
 
     def _places(self, step: int) -> Tensor:
         """Drawn for each block, without one twice: int64 (N, number)."""

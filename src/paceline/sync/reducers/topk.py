@@ -7,6 +7,7 @@ less.
 """
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -56,19 +57,24 @@ class TopKReducer(BlockReducer):
         super().__init__(context, BLOCK, error_feedback=options.error_feedback, decay=options.decay)
         self._number = taken(options.share)
 
-    def exchanged(self, blocks: Tensor, step: int) -> Tensor:
+    def start_exchange(self, blocks: Tensor, step: int) -> Callable[[], Tensor]:
         """See ``BlockReducer``."""
         places = greatest(blocks, self._number)
         rows = torch.cat([as_bytes(blocks.gather(1, places)), packed_12(places)], 1)
         blocks.scatter_(1, places, 0.0)
         gathered = rows.new_empty(self.link.size, *rows.shape)
-        self.link.all_gather(gathered, rows).wait()
-        sums = torch.zeros_like(blocks)
+        pending = self.link.all_gather(gathered, rows)
         value_bytes = self._number * blocks.element_size()
-        for told in gathered:
-            at = unpacked_12(told[:, value_bytes:], self._number)
-            sums.scatter_add_(1, at, from_bytes(told[:, :value_bytes], blocks.dtype))
-        return sums
+
+        def arrive() -> Tensor:
+            pending.wait()
+            sums = torch.zeros_like(blocks)
+            for told in gathered:
+                at = unpacked_12(told[:, value_bytes:], self._number)
+                sums.scatter_add_(1, at, from_bytes(told[:, :value_bytes], blocks.dtype))
+            return sums
+
+        return arrive
 
 
 def greatest(blocks: Tensor, number: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,11 @@ from torch import Tensor
 from paceline.comm.replica import Shard
 from paceline.parallel.full import FullTensors
 from paceline.sync.base import SyncContext, SyncState
+from paceline.sync.reducers.base import Wait
 from paceline.sync.reducers.residual import Residual
+
+Arrive = Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
+"""Waits for the sums of whole tensors, and gives them, and what is left out of each."""
 
 
 class WholeReducer(ABC):
@@ -32,18 +36,27 @@ class WholeReducer(ABC):
 
     def weighted_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Mapping[str, Tensor]:
         """See ``Reducer``."""
+        return self.start_sum(values, share, step)()
+
+    def start_sum(self, values: Mapping[str, Tensor], share: float, step: int) -> Wait:
+        """See ``Reducer``."""
         sent = self.residual.add(values, share)
         if self.link.size == 1:
             self.residual.keep({name: torch.zeros_like(tensor) for name, tensor in sent.items()})
-            return sent
+            return lambda: sent
         cut = {name: tensor for name, tensor in sent.items() if name in self.owner}
         plain = {name: tensor for name, tensor in sent.items() if name not in self.owner}
         whole = self.full.gather(cut, self.owner)
-        sums, rest = self.exchanged(whole, plain, step)
-        if self.error_feedback:
-            none = {name: torch.zeros_like(tensor) for name, tensor in plain.items()}
-            self.residual.keep(self.full.scatter(rest, cut, self.owner) | none)
-        return self.full.scatter(sums, cut, self.owner) | plain
+        arrive = self.start_exchange(whole, plain, step)
+
+        def wait() -> Mapping[str, Tensor]:
+            sums, rest = arrive()
+            if self.error_feedback:
+                none = {name: torch.zeros_like(tensor) for name, tensor in plain.items()}
+                self.residual.keep(self.full.scatter(rest, cut, self.owner) | none)
+            return self.full.scatter(sums, cut, self.owner) | plain
+
+        return wait
 
     def settle(self, unused: Collection[str] = ()) -> None:
         """See ``Reducer``."""
@@ -62,10 +75,8 @@ class WholeReducer(ABC):
         """Whether a tensor of this full shape is encoded."""
 
     @abstractmethod
-    def exchanged(
-        self, whole: Mapping[str, Tensor], plain: dict[str, Tensor], step: int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The sums of this rank's whole tensors, and what is left out of each; ``plain`` becomes sums in its place."""
+    def start_exchange(self, whole: Mapping[str, Tensor], plain: dict[str, Tensor], step: int) -> Arrive:
+        """Start the sums of this rank's whole tensors; ``plain`` becomes sums in its place."""
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from paceline.comm.replica import Finish, Remote, Replica
 from paceline.config import strategy_name
 from paceline.errors import PlanError
-from paceline.sync.base import SyncContext, SyncState, check_equal_start
+from paceline.sync.base import NOTHING, SyncContext, SyncState, check_equal_start, start_total
 from paceline.sync.served import Servers, as_remote, owned
 from paceline.sync.server import messages as m
 from paceline.sync.server.channel import Channel
@@ -75,19 +75,17 @@ class ParameterServerSync:
         self._step, self._count = step, count
         return count
 
-    def total(self, values: Tensor, stop: bool) -> tuple[Tensor, bool]:
-        """In lock step the sum over the replicas; else a replica's own, and all stop when they next meet."""
+    def reduce(self, replica: Replica, values: Tensor | None = None, stop: bool = False) -> tuple[Tensor, bool]:
+        """Servers have the sum of gradients. In lock step values are those of all replicas; else a replica's own, and
+        all stop when they next meet."""
+        if values is None:
+            return NOTHING, False
         if self._link.size == 1:
             return values, stop
         if self._options.is_lock_step and self._options.lease_s is None:
-            total = torch.cat([values, values.new_tensor([float(stop)])]).to(self._device)
-            self._link.all_reduce(total).wait()
-            return total[:-1], bool(total[-1] > 0)
+            return start_total(self._link, values, stop, self._device)()
         self._asked = stop
         return values, self._stop == self._step
-
-    def reduce(self, replica: Replica) -> None:
-        """Servers have the sum."""
 
     def update(self, replica: Replica) -> Finish:
         """Let servers take the step, and go on from what comes of it."""
