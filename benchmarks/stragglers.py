@@ -175,15 +175,20 @@ def measure(sync: Any, given: Conditions, folder: Path) -> Result:
             told[rank] = message
     finally:
         local.kill()
-    ends = [told[rank]["ends"] for rank in range(given.replicas)]
+    return judged(name_of(sync), given, [told[rank] for rank in range(given.replicas)])
+
+
+def judged(name: str, given: Conditions, told: Sequence[Mapping[str, Any]]) -> Result:
+    """From what each replica told: ``ends`` are begin and end of its steps, ``end`` that of the run."""
+    ends = [own["ends"] for own in told]
     begin = max(own[0][0] for own in ends)
     first = min(own[-1][1] for own in ends)
-    last = max(told[rank]["end"] for rank in told)
+    last = max(own["end"] for own in told)
     done = sum(begin < end <= first for own in ends for _, end in own)
     whole = sum(map(len, ends))
     start = min(own[0][0] for own in ends)
     return Result(
-        sync=name_of(sync),
+        sync=name,
         at_work=done / (first - begin) / given.ideal,
         whole=whole / (last - start) / given.ideal,
         seconds=last - start,

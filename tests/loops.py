@@ -131,7 +131,8 @@ def _run(run: Config, until: int, world: World) -> dict[str, Any]:
             if loop.step == until:
                 break
         sent_bytes = _sent_bytes(world) - before
-        if first < until < run.train.steps:
+        is_due = run.checkpoint.every > 0 and until % run.checkpoint.every == 0  # then it has been saved
+        if first < until < run.train.steps and not is_due:
             loop.save()
         loop.finish_saving()
     return {

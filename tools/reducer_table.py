@@ -45,9 +45,9 @@ TAIL = """\
 - **All replicas get the same bits.** Codes are never added up: each piece has an owner, who decodes what comes in, adds
   it up in fp32 in the order of members, and encodes the sum. Two replicas send each other all pieces, both add up, and
   no sum is encoded.
-- **Waiting.** Two replicas wait for one delay of the link in a sum, and for two with `powersgd`, whose second sum waits for
-  the first; more of them for one more each with codes (`bf16` to `sign`), and in sums of more than a few KB (`mean`,
-  `randomk`, `powersgd`) round a ring. Counts, losses and requests to stop cost no further delay.
+- **Waiting.** Two replicas wait for one delay of the link in a sum, and for two with `powersgd`, whose second sum waits
+  for the first. More wait for one more with codes (`bf16` to `sign`), and in sums of more than a few KB (`mean`,
+  `randomk`, `powersgd`) go round a ring. Losses and requests to stop go with gradients, and cost no further delay.
 - **What is drawn** follows from the seed, the step, the name, the place and the member, so a second run gives the same.
 - **Error feedback.** `error_feedback: true` keeps, in each replica, what encoding left out, and adds it to what is sent
   the next time. Owners keep what the second encoding left out. Nothing is lost: what was put in is what came out plus

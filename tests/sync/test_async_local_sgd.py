@@ -142,8 +142,8 @@ def test_where_all_meet_after_each_push_it_is_diloco(layout, dynamic, pool, tmp_
 def test_the_first_order_of_pushes_with_plain_sgd_is_a_sum_of_gradients(pool):
     """Two replicas, one step a push, rate 1, no momentum: the window takes the mean of two gradients of old weights."""
     sync = {**ORDERED, "every": 1, "outer": {"lr": 1, "momentum": 0}}
-    told = pool.run(on_pool, 2, {"sync": sync, "steps": 1})
-    whole = train(None, steps=1)
+    told = pool.run(doubled, 2, {"sync": sync, "steps": 1})
+    (whole,) = pool.run(doubled, 1, {"steps": 1})
     assert distance(told[0]["weights"], whole["weights"]) <= FP64_EQUAL
 
 

@@ -76,9 +76,9 @@ def replica_of(index, mode, port, addresses, line, comes_back):
     line.send((losses, {s.name: s.local.clone().numpy() for s in replica.shards}, told[0]["histogram"], sync._number))
 
 
-def test_a_replica_is_killed_between_staging_and_committing_and_comes_back(tmp_path):
+def test_a_replica_is_killed_between_staging_and_committing_and_comes_back(pool, tmp_path):
     """In both modes; a server is killed as well. Its pushes count once each, the one that it only staged does not."""
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")  # the pool's, which has imported everything
     for mode in ("async", "stale"):
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with processes(2, tmp_path / mode) as (keeper, addresses):

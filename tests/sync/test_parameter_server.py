@@ -11,12 +11,15 @@ from loops import LLAMA, config, distance, run_all
 from paceline.comm import link
 from paceline.comm.mesh import Mesh
 from paceline.errors import ConfigError, PlanError, WorkerError
+from paceline.objectives.base import Batch
+from paceline.objectives.mixup import Mixed
 from paceline.optim.adamw import AdamW
 from paceline.parallel.precision import Masters
 from paceline.plan.run import plan_run
 from paceline.schedule.accumulate import Accumulate
 from paceline.sync.base import SyncContext
 from paceline.sync.parameter_server import ParameterServer
+from paceline.train.assemble import looked_up
 from paceline.train.replica import ModuleReplica
 from paceline.train.step import train_step
 from parity import CPU, objective, share, tiny_llama
@@ -223,3 +226,36 @@ def test_levels_and_options_that_do_not_belong_are_refused(tmp_path):
         run({"name": "parameter_server", "mode": "async", "sparse": True, "compensation": "adaptive"}, tmp_path)
     with pytest.raises(ConfigError, match="are for mode=async, got mode=stale"):
         run({"name": "parameter_server", "mode": "stale", "scale_rate": True}, tmp_path)
+
+
+class TwoLookups(torch.nn.Module):
+    """An encoder's and a decoder's embedding of one table, and a head with a table of its own or the same."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.encoder, self.decoder = torch.nn.Embedding(5, 3), torch.nn.Embedding(5, 3)
+        self.head = torch.nn.Linear(3, 5)
+        self.decoder.weight = self.encoder.weight
+        if tied:
+            self.head.weight = self.encoder.weight
+
+    def get_input_embeddings(self):
+        return self.encoder
+
+
+def test_a_table_is_what_nothing_but_embeddings_has():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    untied = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "tie_word_embeddings": False}))
+    assert looked_up(untied) == {"model.embed_tokens.weight"}
+    assert looked_up(tiny_llama()) == frozenset()
+    assert looked_up(TwoLookups(tied=False)) == {"encoder.weight"}
+    assert looked_up(TwoLookups(tied=True)) == frozenset()
+    assert looked_up(torch.nn.Linear(2, 2)) == frozenset()
+
+
+def test_tokens_of_a_batch_are_all_that_are_looked_up():
+    ids = {"input_ids": torch.tensor([[3, 4]]), "decoder_input_ids": torch.tensor([[7], [9]]), "use_cache": False}
+    mixed = Mixed(ids=torch.tensor([[11]]), labels=torch.tensor([[0]]), shares=torch.ones(1, 1))
+    batch = Batch(inputs=ids, labels=torch.zeros(1, 2), count=2, sequences=(0,), mixed=mixed)
+    assert sorted(batch.tokens.tolist()) == [3, 4, 7, 9, 11]

@@ -215,7 +215,10 @@ class Server:
             if isinstance(to[0], tuple):  # of a pull
                 to, place = to
                 if place is not None and isinstance(answer, m.Values):
-                    copy_into(self._memories.at(*place), answer.payload)
+                    try:
+                        copy_into(self._memories.at(*place), answer.payload)
+                    except OSError:  # who asked is dead, and its memory gone
+                        continue
                     answer = m.Values(answer.version, None)
             connection, serial = to
             if connection.socket.fileno() >= 0:
