@@ -139,7 +139,7 @@ def shares_of(strategy: Sync, replica: ModuleReplica, steps: int, index: int) ->
     done = 0
     while done < steps:
         yield strategy.claim(done, replica)[0]
-        done = strategy.reached
+        done = strategy.at
 
 
 def on_pool(member: Member, options: dict[str, object]) -> dict[str, object]:

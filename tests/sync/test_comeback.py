@@ -68,7 +68,7 @@ def replica_of(index, mode, port, addresses, line, comes_back):
         if index == 0 and step == WAITS_AT:
             line.recv()
         if index == 1 and step == DIES_AT:
-            sync._caller.run = partial(then_die, sync._caller.run)
+            sync._servers.caller.run = partial(then_die, sync._servers.caller.run)
         batches = [goal.batch(micro, seed=0, step=step) for micro in share(step, 7, index, 2, 4)]
         losses.append(train_step(replica, sync, schedule, batches, step=step, stop=False).loss)
         step = max(step, sync.at)
