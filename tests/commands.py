@@ -48,6 +48,11 @@ class Command:
         assert self._process.pid
         return self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.is_alive()
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the launcher."""
         os.kill(self.pid, number)

@@ -87,7 +87,7 @@ def make_newest(venv: Path, build: str) -> None:
         project = tomllib.loads(PYPROJECT.read_text())["project"]
         cpu_build(venv, "install", next(wanted for wanted in project["dependencies"] if wanted.startswith("torch>")))
     say("installing the newest releases that pyproject.toml allows")
-    pip(venv, "install", "-qq", "--prefer-binary", "--no-build-isolation", "-e", f"{ROOT}[dev,docs,gguf,privacy]")
+    pip(venv, "install", "-qq", "--prefer-binary", "--no-build-isolation", "-e", f"{ROOT}[dev,docs,gguf,privacy,ray]")
     pip(venv, "freeze", "--exclude-editable")
 
 

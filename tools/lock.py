@@ -28,7 +28,7 @@ def main() -> None:
         bootstrap.create(venv)
         bootstrap.cpu_build(venv, "download", f"torch=={release}+cpu", "--dest", folder)
         needed = set(resolve(venv, folder, f"torch=={release}+cpu", str(bootstrap.ROOT)))
-        versions = resolve(venv, folder, f"torch=={release}+cpu", f"{bootstrap.ROOT}[dev,docs,gguf,privacy]")
+        versions = resolve(venv, folder, f"torch=={release}+cpu", f"{bootstrap.ROOT}[dev,docs,gguf,privacy,ray]")
     versions["torch"] = release  # without its build: the lock is for all builds
     runtime = "".join(f"{name}=={versions[name]}\n" for name in sorted(needed))
     development = "".join(f"{name}=={versions[name]}\n" for name in sorted(versions.keys() - needed))

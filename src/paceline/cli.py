@@ -11,7 +11,7 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,6 +41,9 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Explain the plan and stop.")] = False,
+    on: Annotated[
+        Literal["here", "ray"], typer.Option(help="Who starts the ranks: this machine, or a Ray cluster.")
+    ] = "here",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -56,7 +59,7 @@ def train(
         return
     from paceline.recipes.train import run
 
-    result = run(tree, debug=debug)
+    result = run(tree, on=on, debug=debug)
     if result is None:  # a rank of torchrun that is not the leader
         return
     again = f"paceline train {config}"
@@ -145,6 +148,70 @@ def seeds(
         raise ConfigError(f"--seeds={chosen!r}: expected numbers with commas between them, such as 0,1,2") from None
     found = run(read(config, overrides or []), numbers, debug=debug)
     _finish(found.text(), found.values(), as_json)
+
+
+Keys = Annotated[Path, typer.Option("--keys", metavar="FOLDER", help="A folder that federated-keys wrote.")]
+
+
+@app.command("federated-keys")
+def federated_keys(
+    folder: Annotated[Path, typer.Argument(help="Where the keys go.")],
+    host: Annotated[
+        str | None, typer.Option(help="Name or address of the server, as clients reach it; for the first call.")
+    ] = None,
+    clients: Annotated[str, typer.Option(help="Names with commas between them.")] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make what a federated server and its clients know each other by: a certificate, and a token for each client."""
+    from paceline.sync.remote.keys import write_keys
+
+    names = [name.strip() for name in clients.split(",") if name.strip()]
+    write_keys(folder, host=host, clients=names)
+    text = f"{folder}/server stays with the server; each client gets its own folder: " + ", ".join(
+        str(folder / name) for name in names
+    )
+    _finish(text, {"server": str(folder / "server"), "clients": [str(folder / name) for name in names]}, as_json)
+
+
+@app.command("federated-server")
+def federated_server(
+    config: ConfigFile,
+    keys: Keys,
+    overrides: Overrides = None,
+    at: Annotated[str, typer.Option("--listen", metavar="HOST:PORT", help="Where clients connect.")] = "0.0.0.0:7440",
+    deadline_s: Annotated[
+        float | None, typer.Option(help="Seconds after which a round goes on with the clients that came.")
+    ] = None,
+    linger_s: Annotated[float, typer.Option(help="At the end, wait so long for clients that are away.")] = 60.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a federated run to clients that are processes of their own; run it again to continue."""
+    from paceline.config import read
+    from paceline.recipes.federated import serve
+
+    result = serve(read(config, overrides or []), at, keys, deadline_s=deadline_s, linger_s=linger_s)
+    end = "done" if result.is_done else f"stopped after round {result.step} of {result.steps}; run it again to continue"
+    _finish(f"{end}: {result.output}/report.html, {result.output}/export", result.values(), as_json)
+
+
+@app.command("federated-client")
+def federated_client(
+    config: ConfigFile,
+    keys: Keys,
+    server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Where the server listens.")],
+    overrides: Overrides = None,
+    patience_s: Annotated[float, typer.Option(help="Give up when the server is away for so long.")] = 3600.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Take part in a federated run, with the data of this machine; may be stopped and started at any time."""
+    from paceline.config import read
+    from paceline.recipes.federated import visit
+
+    done = visit(read(config, overrides or []), server, keys, patience_s=patience_s)
+    _finish(f"the run is over, {done.rounds} rounds here: {done.output}/export", done.values(), as_json)
 
 
 @app.command()

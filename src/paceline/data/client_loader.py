@@ -59,14 +59,15 @@ class ClientLoader:
     def visits(self, step: int) -> Visits:
         """The clients that train here in round ``step``."""
         for visit in self.rounds.at(step).visits[self._replica :: self._replicas]:
-            yield visit, self._steps(visit)
+            yield visit, self.steps(visit)
+
+    def steps(self, visit: Visit) -> Iterator[MicroBatches]:
+        """The micro-batches of a client's local steps."""
+        for begin in range(0, visit.rows, self._batch.sequences):
+            yield self._step(visit, begin, min(self._batch.sequences, visit.rows - begin))
 
     def close(self) -> None:
         """Nothing runs in the background."""
-
-    def _steps(self, visit: Visit) -> Iterator[MicroBatches]:
-        for begin in range(0, visit.rows, self._batch.sequences):
-            yield self._step(visit, begin, min(self._batch.sequences, visit.rows - begin))
 
     def _step(self, visit: Visit, begin: int, count: int) -> MicroBatches:
         plan, first = self._batch, visit.first + begin

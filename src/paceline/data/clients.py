@@ -91,10 +91,11 @@ def _dirichlet(labels: Ints, config: ClientsConfig, seed: int) -> Ints:
 class Clients:
     """The rows of every client that has any, each client's permuted anew in each of its epochs.
 
-    ``owners``: the client (rows,) of each row of each source.
+    ``owners``: the client (rows,) of each row of each source. ``first``: the number of the first client in the run,
+    where its others are elsewhere.
     """
 
-    def __init__(self, owners: Sequence[Ints], count: int, seed: int) -> None:
+    def __init__(self, owners: Sequence[Ints], count: int, seed: int, first: int = 0) -> None:
         owner = np.concatenate(owners)
         order = np.argsort(owner, kind="stable")
         self._sources = np.concatenate([np.full(len(own), i) for i, own in enumerate(owners)])[order]
@@ -104,7 +105,7 @@ class Clients:
         self.lengths: Ints = sizes[sizes > 0]
         """(clients,) rows of each."""
         self._begins = begins[sizes > 0]
-        self._seed = seed
+        self._seed, self._first = seed, first
         self.left_out = int((sizes == 0).sum())
         """Clients whose documents do not fill a single row."""
         self.fingerprint = hashlib.blake2b(owner.astype("<i8").tobytes(), digest_size=8).hexdigest()
@@ -117,7 +118,9 @@ class Clients:
     def draw(self, client: int, first: int, count: int) -> tuple[Ints, Ints]:
         """Source (count,) and row within it (count,) of a client's samples ``first`` to ``first + count - 1``."""
         places = shuffled(
-            np.arange(first, first + count), int(self.lengths[client]), (self._seed, "train", "client", client)
+            np.arange(first, first + count),
+            int(self.lengths[client - self._first]),
+            (self._seed, "train", "client", client),
         )
-        places += self._begins[client]
+        places += self._begins[client - self._first]
         return self._sources[places], self._rows[places]

@@ -13,6 +13,7 @@ rounds that ended since it began; one that is too stale is thrown away.
 
 import heapq
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from statistics import NormalDist
@@ -98,9 +99,15 @@ class Rounds:
             self._round = self._buffered() if self._rules.buffer else self._cohort()
         return self._round
 
+    def asked(self, number: int) -> tuple[Visit, ...]:
+        """All clients that are asked in a round, in the order in which they were drawn, whoever of them comes."""
+        self.at(number)
+        return self._asked
+
     def _restart(self) -> None:
         self._number = 0
         self._round = Round(visits=(), time_s=0.0)
+        self._asked: tuple[Visit, ...] = ()
         self._drawn = np.zeros(len(self._data_rows), np.int64)
         self._now_s, self._begun = 0.0, 0
         self._at_work: list[tuple[float, int, int, Visit]] = []
@@ -120,14 +127,13 @@ class Rounds:
         asked = min(clients, math.ceil(rules.clients * (1 + rules.over_selection)))
         drawn = Permutation(clients, (self._seed, "cohort", self._number))(np.arange(asked)).tolist()
         begun = [self._visit(client, place) for place, client in enumerate(drawn)]
+        self._asked = tuple(begun)
         taken_s = [visit.steps * self._pace_s[visit.client] for visit in begun]
         quickest = sorted(range(asked), key=lambda place: (taken_s[place], place))[: rules.clients]
         limit_s = math.inf if rules.deadline_s is None else rules.deadline_s
         kept = [place for place in quickest if taken_s[place] <= limit_s] or quickest[:1]
         self._now_s += max(taken_s[place] for place in kept)
-        visits = [_placed(begun[place], i) for i, place in enumerate(sorted(kept))]
-        late = tuple(visit.client for place, visit in enumerate(begun) if place not in kept)
-        return Round(visits=tuple(visits), time_s=self._now_s, late=late)
+        return made_of(begun, {begun[place].client for place in kept}, self._now_s)
 
     def _buffered(self) -> Round:
         rules = self._rules
@@ -154,6 +160,13 @@ class Rounds:
         visit = self._visit(client, 0)
         done_s = self._now_s + visit.steps * self._pace_s[client]
         heapq.heappush(self._at_work, (done_s, self._begun, self._number + later, visit))
+
+
+def made_of(asked: Sequence[Visit], came: Collection[int], time_s: float) -> Round:
+    """The round of those that were asked and came, given by client."""
+    kept = [visit for visit in asked if visit.client in came]
+    late = tuple(visit.client for visit in asked if visit.client not in came)
+    return Round(visits=tuple(_placed(visit, i) for i, visit in enumerate(kept)), time_s=time_s, late=late)
 
 
 def _placed(visit: Visit, place: int, staleness: int = 0) -> Visit:

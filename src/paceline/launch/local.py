@@ -90,12 +90,11 @@ class LocalRun:
         addresses = servers.addresses if servers is not None else []
         for child in self._children.values():
             child.line.send("store", port=self._store.port, servers=addresses)
-        self._interrupts = 0
         self._abandoned = False
 
     def messages(self) -> Iterator[tuple[int, Message]]:
         """What the ranks send, as (global rank, message), until all have finished."""
-        with self._signals():
+        with signals(self.stop, self.abandon):
             while pending := {r: c for r, c in self._children.items() if not c.finished}:
                 yield from self._receive(pending)
                 if self._abandoned:
@@ -183,22 +182,31 @@ class LocalRun:
                 for _ in self._receive(pending):
                     pass
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def ask(number: int, _: object) -> None:
-            self._interrupts += 1
-            if self._interrupts > 1 and number == signal.SIGINT:
-                self._abandoned = True
-                self.kill()
-            else:
-                self.stop()
+    def abandon(self) -> None:
+        """End all at once; ``messages`` raises ``KeyboardInterrupt``."""
+        self._abandoned = True
+        self.kill()
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+@contextmanager
+def signals(stop: Callable[[], None], abandon: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, the first Ctrl-C or SIGTERM calls ``stop``, and a Ctrl-C after that ``abandon``."""
+    count = 0
+
+    def ask(number: int, _: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 1 and number == signal.SIGINT:
+            abandon()
+        else:
+            stop()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

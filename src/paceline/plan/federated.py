@@ -23,6 +23,53 @@ def check_federated(config: Config) -> None:
         raise PlanError(problem)
 
 
+def check_processes(config: Config, *, deadline_s: float | None = None) -> None:
+    """``PlanError`` for what clients in processes of their own cannot do. ``deadline_s``: of the server."""
+    if not config.in_rounds:
+        raise PlanError(f"sync={strategy_name(config.syncs[-1])} has no clients. Set sync=federated")
+    check_federated(config)
+    sync: Any = config.syncs[-1]
+    clients = config.data.clients
+    assert clients is not None
+    layout = config.layout
+    cut = [axis for axis in ("shard", "tensor", "pipeline", "context", "expert") if getattr(layout, axis) > 1]
+    rules: list[tuple[bool, str]] = [
+        (
+            clients.by != "natural" or clients.count is not None,
+            "data.clients makes clients up, and clients in processes of their own have what they have. Use {by: "
+            "natural}, without count",
+        ),
+        (
+            config.all_replicas > 1 or bool(cut),
+            f"{'replicas' if config.all_replicas > 1 else f'layout.{min(cut, default=None)}'}: the server, and each "
+            "client in a process of its own, is one rank. Leave it out",
+        ),
+        (
+            bool(sync.speed_spread or sync.deadline),
+            "sync.speed_spread and sync.deadline are of simulated clients. Leave them out; --deadline-s of the server "
+            "is in seconds",
+        ),
+        (
+            sync.buffer is not None or sync.scaffold or sync.moments == "keep",
+            f"sync.{'buffer' if sync.buffer else 'scaffold' if sync.scaffold else 'moments=keep'} with clients in "
+            "processes of their own is not built. Simulate it, or leave it out",
+        ),
+        (
+            deadline_s is not None and (sync.privacy is not None or sync.aggregate.is_robust),
+            f"--deadline-s leaves clients out, and sync.{'privacy' if sync.privacy else 'aggregate'} counts on all "
+            "that were drawn. Leave one of them out",
+        ),
+        (
+            config.data.tokenizer is None and (config.model is None or config.model.path is None),
+            "no client may see the text of all, from which a tokenizer would be trained. Set data.tokenizer to a "
+            "folder with one, such as the export of an earlier run, or model.path",
+        ),
+    ]
+    for is_bad, problem in rules:
+        if is_bad:
+            raise PlanError(problem)
+
+
 def _problems(config: Config) -> list[str]:
     optimizer: Any = config.optimizer
     schedule: Any = config.schedule

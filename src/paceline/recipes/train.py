@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from paceline.comm.device import claim as claim_device
 from paceline.comm.ranks import Coordinates
 from paceline.comm.world import Rendezvous, World, join
 from paceline.config import Config
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, PlanError
 from paceline.export import hugging_face
+from paceline.launch import ray as ray_run
 from paceline.launch import torchrun
 from paceline.launch.local import LocalRun
 from paceline.plan.layout import Grid
@@ -35,9 +36,16 @@ from paceline.train.policy import StopRequest
 from paceline.train.records import open_records
 from paceline.train.settle import settle
 from paceline.train.trainer import Loop, find
-from paceline.workers.process import Line
 
 Say = Callable[[str], None]
+Engine = Literal["here", "ray"]
+
+
+class Teller(Protocol):
+    """A rank's way to who started it."""
+
+    def send(self, kind: str, **content: Any) -> None:
+        """Send a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +72,8 @@ class Result:
         return asdict(self)
 
 
-def run(config: Config, *, debug: bool = False, say: Say = print) -> Result | None:
-    """Run a config to its end on this machine, or as the rank that torchrun made this process.
+def run(config: Config, *, on: Engine = "here", debug: bool = False, say: Say = print) -> Result | None:
+    """Run a config to its end on this machine, on a Ray cluster, or as the rank that torchrun made this process.
 
     Under torchrun only the leader returns a result.
     """
@@ -76,35 +84,36 @@ def run(config: Config, *, debug: bool = False, say: Say = print) -> Result | No
     check_extras(config)
     ranks = grid.ranks
     find(Path(config.train.output) / "checkpoints", config.checkpoint.resume)  # what cannot be resumed fails at once
+    if on == "ray":
+        ray_run.check()
     if torchrun.started_by_torchrun():
+        if on != "here":
+            raise PlanError(f"--on {on} under torchrun: both start ranks. Use one of them")
         return _train_as_rank(config, ranks, say)
     with run_folder.claim(config.train.output) as output:
-        return _train_here(config, ranks, output, debug=debug, say=say)
+        return _train(config, ranks, output, on, debug=debug, say=say)
 
 
-def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: Say) -> Result:
-    """Fork the ranks from a process that has imported everything, and show what they report."""
+def _train(config: Config, ranks: int, output: Path, on: Engine, *, debug: bool, say: Say) -> Result:
+    """Start the ranks, here as forks of a process that has imported everything, and show what they report."""
     start = time.perf_counter()
     prepare_in_child(config, output / "logs" / "prepare.log", say=say, debug=debug)
-    local = LocalRun(
-        _RankMain(config),
-        places(config, ranks),
-        port=config.train.port,
-        logs=output / "logs",
-        debug=debug,
-        servers=parameter_servers(config, output),
-        is_elastic=config.is_elastic,
-    )
+    started = _started(config, ranks, output, on, debug=debug)
     shown: Tracker | None = None
     first_loss_s = None
     done: dict[str, Any] = {}
     try:
-        run_folder.write_processes(output, _processes(local))
-        for rank, message in local.messages():
+        run_folder.write_processes(output, _processes(started))
+        for rank, message in started.messages():
             if rank != 0:
                 continue
             match message:
+                case {"kind": "again", "text": text}:
+                    say(text)
                 case {"kind": "info", "info": info}:
+                    run_folder.write_processes(output, _processes(started))
+                    if shown:
+                        shown.close()
                     shown = display(config.track.display, RunInfo(**info), sys.stdout)
                 case {"kind": "done", "result": result}:
                     done = result
@@ -115,22 +124,45 @@ def _train_here(config: Config, ranks: int, output: Path, *, debug: bool, say: S
                         first_loss_s = time.perf_counter() - start
                     shown = shown and _show(shown, kind, record)
     finally:
-        local.kill()  # whatever went wrong here, no rank stays behind
+        started.kill()  # whatever went wrong here, no rank stays behind
         if shown:
             with suppress(OSError):
                 shown.close()
     return Result(**{**done, "first_loss_s": first_loss_s, "seconds": time.perf_counter() - start})
 
 
+def _started(config: Config, ranks: int, output: Path, on: Engine, *, debug: bool) -> LocalRun | ray_run.RayRun:
+    every, logs = places(config, ranks), output / "logs"
+    if on == "ray":
+        wanted = _wanted_servers(config, output)
+        return ray_run.RayRun(_RankMain(config), every, port=config.train.port, logs=logs, servers=wanted)
+    servers = parameter_servers(config, output)
+    return LocalRun(
+        _RankMain(config),
+        every,
+        port=config.train.port,
+        logs=logs,
+        debug=debug,
+        servers=servers,
+        is_elastic=config.is_elastic,
+    )
+
+
 def parameter_servers(config: Config, output: Path) -> ServerProcesses | None:
     """What is to be started beside the ranks; None for a sync that wants no servers."""
+    wanted = _wanted_servers(config, output)
+    return None if wanted is None else ServerProcesses(*wanted)
+
+
+def _wanted_servers(config: Config, output: Path) -> tuple[int, Durability] | None:
+    """How many servers, and where they keep their logs."""
     sync: Any = config.sync
     if not getattr(sync, "is_served", False) or config.all_replicas == 1:
         return None
     folder = output / "servers"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that is over: checkpoints are what a run goes on from
     kept = Durability(folder=None if sync.durability == "none" else folder, fsync=sync.durability == "host")
-    return ServerProcesses(sync.servers, kept)
+    return sync.servers, kept
 
 
 def _show(shown: Tracker, kind: str, record: Mapping[str, Any]) -> Tracker | None:
@@ -151,11 +183,16 @@ def places(config: Config, ranks: int) -> list[Coordinates]:
     ]
 
 
-def _processes(local: LocalRun) -> list[dict[str, Any]]:
+def _processes(started: LocalRun | ray_run.RayRun) -> list[dict[str, Any]]:
     launcher = {"pid": os.getpid(), "role": "launcher", "replica": None, "rank": None}
-    return [launcher] + [
-        {"pid": rank.pid, "role": "rank", "replica": rank.coordinates.replica, "rank": rank.coordinates.rank}
-        for rank in local.ranks
+    servers = started.servers if isinstance(started, ray_run.RayRun) else []
+    return [
+        launcher,
+        *({"pid": pid, "role": "server", "replica": None, "rank": None} for pid in servers),
+        *(
+            {"pid": rank.pid, "role": "rank", "replica": rank.coordinates.replica, "rank": rank.coordinates.rank}
+            for rank in started.ranks
+        ),
     ]
 
 
@@ -173,15 +210,17 @@ class _RankMain:
 
     config: Config
 
-    def __call__(self, coordinates: Coordinates, rendezvous: Rendezvous, line: Line) -> None:
-        result = run_rank(self.config, coordinates, rendezvous, line=line)
+    def __call__(
+        self, coordinates: Coordinates, rendezvous: Rendezvous, line: Teller, stop_request: StopRequest | None = None
+    ) -> None:
+        result = run_rank(self.config, coordinates, rendezvous, line=line, stop_request=stop_request)
         line.send("done", result=result.values())
 
 
 class _Forward:
     """Tells the launcher what the leader's trackers are told; the launcher has the terminal."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Teller) -> None:
         self._line = line
 
     def step(self, metrics: Mapping[str, Any]) -> None:
@@ -202,12 +241,15 @@ def run_rank(
     coordinates: Coordinates,
     rendezvous: Rendezvous | None,
     *,
-    line: Line | None = None,
+    line: Teller | None = None,
+    stop_request: StopRequest | None = None,
     say: Say = print,
 ) -> Result:
     """Train as one rank; the leader also keeps the records, the export and the report."""
     start = time.perf_counter()
-    stop_request = StopRequest()  # before all that takes long: who is asked to stop meanwhile makes one step and saves
+    stop_request = (
+        stop_request or StopRequest()
+    )  # before all that takes long: who is asked to stop meanwhile makes one step and saves
     stop_request.listen(signal.SIGTERM, *([signal.SIGINT] if line is None else []))
     device = claim_device(coordinates)
     with (
@@ -227,7 +269,7 @@ def run_rank(
             first_loss_s = first_loss_s or time.perf_counter() - start
         loop.finish_saving()
         if coordinates.is_leader:
-            _leave_results(loop)
+            leave_results(loop)
         newest = loop.evaluation
         return Result(
             output=config.train.output,
@@ -253,7 +295,7 @@ def _all_processes(world: World) -> list[dict[str, Any]]:
     return [json.loads(world.store.get(f"process/{rank}")) for rank in range(world.coordinates.global_ranks)]
 
 
-def _leave_results(loop: Loop) -> None:
+def leave_results(loop: Loop) -> None:
     """The Hugging Face folder and the report."""
     output = Path(loop.parts.config.train.output)
     assert loop.trackers is not None

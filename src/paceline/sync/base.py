@@ -38,6 +38,10 @@ class SyncContext:
     """Of this rank in its replica."""
     clients: int = 0
     """Of a federated run, all of them."""
+    are_processes: bool = False
+    """Clients are processes of their own: what they hand in they have masked themselves, where it is to be."""
+    secret: str | None = None
+    """What noise follows from in place of the seed, where clients know that."""
 
     shapes: Shapes | None = None
     """Of all parameters of the whole model that learn; None if every rank has a part of each."""
@@ -94,11 +98,8 @@ def delays(options: Any, members: int, steps: int) -> int | None:
     return count
 
 
-class Sync(Protocol):
-    """A strategy at work on one rank. In a step its methods are called in the order in which they stand here."""
-
-    def start(self, replica: Replica) -> None:
-        """Before the first step: make sure that all replicas start from the same weights."""
+class Stepping(Protocol):
+    """What a step asks of a strategy, in the order in which its methods stand here."""
 
     def begin(self, step: int, replica: Replica, count: int) -> int:
         """Before the backward pass: the targets by which the loss is divided, of the group that this strategy names.
@@ -128,6 +129,13 @@ class Sync(Protocol):
         outlives it (residuals, momentum) as it was.
         """
         ...
+
+
+class Sync(Stepping, Protocol):
+    """A strategy at work on one rank."""
+
+    def start(self, replica: Replica) -> None:
+        """Before the first step: make sure that all replicas start from the same weights."""
 
     def is_agreed(self, step: int) -> bool:
         """Whether all replicas hold the same weights after ``step``."""

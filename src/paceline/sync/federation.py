@@ -13,11 +13,12 @@ from paceline.data.rounds import Round, Visit
 from paceline.sync.aggregates.base import Collected
 from paceline.sync.aggregation import Aggregation, FairMean, WeightedMean
 from paceline.sync.alone import wide
-from paceline.sync.base import NOTHING, SyncContext, SyncState, check_equal_start
+from paceline.sync.base import SyncContext, SyncState, check_equal_start
 from paceline.sync.control import ControlVariates
 from paceline.sync.moments import ClientMoments
 from paceline.sync.privacy import Privacy
-from paceline.sync.secure.mean import SecureMean
+from paceline.sync.secure.mean import MaskedMean, SecureMean
+from paceline.sync.turn import Learned, Turn, hold
 
 if TYPE_CHECKING:
     from paceline.sync.federated import Federated
@@ -42,22 +43,24 @@ class FederatedSync:
     """The strategy on one rank.
 
     In a round: ``open``; for each client ``enter``, the methods of ``Sync`` in every local step, ``leave``; ``close``.
+    What clients hand in that had their turn elsewhere is given to ``take``, in the order of the round.
     """
 
     def __init__(self, context: SyncContext, options: "Federated") -> None:
         self._link, self._options = context.link, options
-        self._aggregation = _aggregation(context, options)
+        self.aggregation = _aggregation(context, options)
         self._server = options.server.build()
         self._control = ControlVariates(context.link, context.clients) if options.scaffold else None
         self._privacy: Privacy | None = None
         if options.privacy is not None:
-            self._privacy = Privacy(options.privacy, options.clients_per_round, context.seed)
+            key = context.seed if context.secret is None else context.secret
+            self._privacy = Privacy(options.privacy, options.clients_per_round, key)
         self._moments = ClientMoments(context.link) if options.moments == "keep" else None
         self._older = options.buffer.max_staleness if options.buffer else 0
         self._versions: list[dict[str, Tensor]] = []
         self._sums = torch.zeros(2, dtype=torch.float64)
+        self._turn = Turn(options, control=self._control, moments=self._moments, privacy=self._privacy)
         self._visit: Visit
-        self._begin: Mapping[str, Tensor] = {}
 
     def start(self, replica: Replica) -> None:
         """Check that replicas start equal, and make what is remembered."""
@@ -66,7 +69,7 @@ class FederatedSync:
         self._device = replica.shards[0].local.device
         now = {shard.name: wide(shard.local) for shard in replica.shards}
         self._server.start(now)
-        self._aggregation.start(visited)
+        self.aggregation.start(visited)
         if self._control is not None:
             self._control.start(visited)
         if self._moments is not None:
@@ -75,79 +78,59 @@ class FederatedSync:
 
     def open(self, step: int, whole: Round, replica: VisitedReplica) -> None:
         """A round begins with the weights as they are."""
-        self._aggregation.open(whole, step)
+        self.aggregation.open(whole, step)
         self._now = {shard.name: shard.local.clone() for shard in replica.shards}
         self._sums.zero_()
 
     def enter(self, visit: Visit, replica: VisitedReplica) -> None:
-        """A client begins, from the weights of the round in which it was asked, without moments or with its own."""
-        self._visit, self._learned, self._loss = visit, 0, math.nan
-        self._begin = self._now if visit.staleness == 0 else self._versions[visit.staleness - 1]
-        self._set(self._begin, replica)
-        if self._moments is None:
-            replica.forget()
-        else:
-            self._moments.enter(visit, replica)
+        """A client begins, from the weights of the round in which it was asked."""
+        self._visit = visit
+        self._turn.enter(visit, self._now if visit.staleness == 0 else self._versions[visit.staleness - 1], replica)
 
     def begin(self, step: int, replica: Replica, count: int) -> int:
-        """The client's own targets."""
-        self._count = count
-        return count
+        """See ``Turn``, as all of a local step."""
+        return self._turn.begin(step, replica, count)
 
-    @torch.no_grad()
     def reduce(self, replica: Replica, values: Tensor | None = None, stop: bool = False) -> tuple[Tensor, bool]:
-        """Add what holds the client near the others to its gradient. Values are its own; the round tells its."""
-        if values is not None:
-            self._sums += values.cpu()
-            self._learned += self._count
-            if math.isnan(self._loss) and self._count > 0:
-                self._loss = float(values[0]) / self._count
-        self._correct(replica)
-        return (NOTHING, False) if values is None else (values, stop)
-
-    def _correct(self, replica: Replica) -> None:
-        if not (self._options.proximal or self._control is not None):
-            return
-        for shard in replica.shards:
-            if (gradient := shard.gradient) is None:
-                continue
-            if self._options.proximal:
-                gradient.add_(shard.local - self._begin[shard.name], alpha=self._options.proximal)
-            if self._control is not None:
-                self._control.correct(self._visit, shard, gradient)
+        """See ``Turn``."""
+        return self._turn.reduce(replica, values, stop)
 
     def update(self, replica: Replica) -> Finish:
         """A local step, for which nobody else is asked."""
-        return replica.finish(vote=lambda wish: wish)
+        return self._turn.update(replica)
 
     def leave(self, replica: VisitedReplica) -> None:
         """The client is done."""
-        visit = self._visit
-        update = {shard.name: wide(shard.local) - wide(self._begin[shard.name]) for shard in replica.shards}
-        if self._control is not None:
-            self._control.leave(visit, update, replica.rate)
-        if self._moments is not None:
-            self._moments.leave(visit, replica)
+        self.take(self._visit, self._turn.leave(replica))
+
+    def take(self, visit: Visit, learned: Learned) -> None:
+        """What a client hands in."""
+        self._sums += torch.tensor(learned.sums, dtype=torch.float64)
         if self._privacy is not None:
-            self._privacy.cut(update, replica)
-        weights = {"targets": float(self._learned), "data": float(visit.data_rows), "uniform": 1.0}
-        self._aggregation.take(
+            self._privacy.count(learned.within)
+        weights = {"targets": float(learned.targets), "data": float(visit.data_rows), "uniform": 1.0}
+        self.aggregation.take(
             visit,
-            update,
+            learned.update,
             weight=weights[self._options.weights],
             scale=1.0 / math.sqrt(1.0 + visit.staleness),
-            loss=self._loss,
+            loss=learned.first_loss,
         )
+
+    @property
+    def clip(self) -> float | None:
+        """To which length clients cut their updates in this round, if they do."""
+        return None if self._privacy is None else self._privacy.clip
 
     @torch.no_grad()
     def close(self, step: int, whole: Round, replica: VisitedReplica, stop: bool) -> Closed:
         """Join the updates of all replicas' clients and go on from there, if the joint update is finite."""
         within = [] if self._privacy is None else [self._privacy.told()]
-        own = [*self._sums.tolist(), float(stop), *within, *self._aggregation.told()]
+        own = [*self._sums.tolist(), float(stop), *within, *self.aggregation.told()]
         told = torch.tensor(own, dtype=torch.float64, device=self._device)
         self._link.all_reduce(told).wait()
         losses, targets, stops, *numbers = told.tolist()
-        update = self._aggregation.result(numbers[len(within) :], whole.visits, step)
+        update = self.aggregation.result(numbers[len(within) :], whole.visits, step)
         if self._privacy is not None:
             self._privacy.blur(update, numbers[0], replica.shards, step)
         norm = math.sqrt(float(replica.square_sums([update])))
@@ -160,7 +143,7 @@ class FederatedSync:
             for newer, older in zip([self._now, *self._versions][-2::-1], self._versions[::-1], strict=True):
                 for name, tensor in older.items():
                     tensor.copy_(newer[name])
-            self._set(after, replica)
+            hold(after, replica)
         replica.forget()
         return Closed(loss=losses / max(1.0, targets), targets=int(targets), update_norm=norm, stop=stops > 0)
 
@@ -186,19 +169,13 @@ class FederatedSync:
         }
         control = self._control.state() if self._control is not None else {}
         private = self._privacy.state() if self._privacy is not None else {}
-        return {**self._server.state(), **self._aggregation.state(), **older, **control, **private}
-
-    @torch.no_grad()
-    def _set(self, weights: Mapping[str, Tensor], replica: VisitedReplica) -> None:
-        for shard in replica.shards:
-            shard.local.copy_(weights[shard.name])
-        replica.refresh()
+        return {**self._server.state(), **self.aggregation.state(), **older, **control, **private}
 
 
 def _aggregation(context: SyncContext, options: "Federated") -> Aggregation:
     if options.aggregate.is_robust:
         return Collected(context.link, options.aggregate.build())
     if options.secure is not None:
-        return SecureMean(context, options.secure)
+        return (MaskedMean if context.are_processes else SecureMean)(context, options.secure)
     reducer = options.reducer.build(context)
     return FairMean(reducer, options.q) if options.q else WeightedMean(reducer)

@@ -80,20 +80,33 @@ class PrivacyOptions(Options):
 
 
 class Privacy:
-    """Clipping and noise on one rank; ``clients`` of each round."""
+    """Clipping and noise on one rank; ``clients`` of each round. Noise follows from ``key``."""
 
-    def __init__(self, options: PrivacyOptions, clients: int, seed: int) -> None:
-        self._options, self._clients, self._seed = options, clients, seed
+    def __init__(self, options: PrivacyOptions, clients: int, key: int | str) -> None:
+        self._options, self._clients, self._key = options, clients, key
         self._clip = torch.tensor(options.clip, dtype=torch.float64)
         self._within = 0
 
-    def cut(self, update: dict[str, Tensor], replica: VisitedReplica) -> None:
-        """Cut a client's update to the clip, in place."""
-        length, clip = math.sqrt(float(replica.square_sums([update]))), float(self._clip)
-        self._within += length <= clip
+    @property
+    def clip(self) -> float:
+        """Of now."""
+        return float(self._clip)
+
+    @clip.setter
+    def clip(self, clip: float) -> None:
+        self._clip.fill_(clip)
+
+    def cut(self, update: dict[str, Tensor], replica: VisitedReplica) -> bool:
+        """Cut a client's update to the clip, in place; whether it was within."""
+        length, clip = math.sqrt(float(replica.square_sums([update]))), self.clip
         if length > clip:
             for tensor in update.values():
                 tensor.mul_(clip / length)
+        return length <= clip
+
+    def count(self, within: bool) -> None:
+        """A client whose update was, or was not, within the clip."""
+        self._within += within
 
     def told(self) -> float:
         """How many clients were within the clip, at this replica."""
@@ -102,13 +115,13 @@ class Privacy:
     def blur(self, update: Update, within: float, shards: Sequence[Shard], step: int) -> None:
         """Add the noise to the joint update, in place, and let the clip follow ``within`` of all replicas."""
         m, options = self._clients, self._options
-        deviation = options.update_noise(m) * float(self._clip) / m
+        deviation = options.update_noise(m) * self.clip / m
         for shard in shards:
-            add_normal(update[shard.name], shard, deviation, (self._seed, "privacy", step))
+            add_normal(update[shard.name], shard, deviation, (self._key, "privacy", step))
         if (adaptive := options.adaptive) is not None:
             count = torch.zeros((), dtype=torch.float64)
             alone = Shard("count", torch.nn.Parameter(torch.zeros(()), requires_grad=False))
-            add_normal(count, alone, options.count_noise(m), (self._seed, "privacy", step))
+            add_normal(count, alone, options.count_noise(m), (self._key, "privacy", step))
             share = (within + float(count)) / m
             self._clip.mul_(math.exp(-adaptive.rate * (share - adaptive.quantile)))
         self._within = 0

@@ -33,6 +33,7 @@ EVENT_KINDS = (
     "rollback",
     "stop",
     "sync",
+    "privacy",
     "export",
     "warning",
     "error",

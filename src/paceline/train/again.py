@@ -18,7 +18,7 @@ from paceline.objectives.drawn import Draw
 from paceline.optim.base import Estimating
 from paceline.schedule.accumulate import Accumulate
 from paceline.schedule.base import Schedule
-from paceline.sync.base import Sync
+from paceline.sync.base import Stepping
 from paceline.train.replica import ModuleReplica
 
 Run = Callable[[float], float]
@@ -26,7 +26,7 @@ Run = Callable[[float], float]
 
 
 def backward(
-    replica: ModuleReplica, sync: Sync, batches: Sequence[Batch], run: Run, *, step: int
+    replica: ModuleReplica, sync: Stepping, batches: Sequence[Batch], run: Run, *, step: int
 ) -> tuple[float, int, int]:
     """Forward and backward on this rank's micro-batches; the sum of the loss over the replica is still to be made.
 
@@ -46,7 +46,7 @@ class Again:
     loss = math.nan
 
     def __init__(
-        self, replica: ModuleReplica, sync: Sync, schedule: Schedule, batches: Sequence[Batch], *, step: int
+        self, replica: ModuleReplica, sync: Stepping, schedule: Schedule, batches: Sequence[Batch], *, step: int
     ) -> None:
         self._replica, self._sync, self._schedule = replica, sync, schedule
         self._batches, self._step = batches, step

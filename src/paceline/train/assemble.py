@@ -14,7 +14,7 @@ from paceline.checkpoint import Checkpointer, LocalExchange, StoreExchange
 from paceline.comm.device import cores, matmul_flops_per_s
 from paceline.comm.ranks import Coordinates, Group
 from paceline.comm.world import World
-from paceline.config import Config, strategy_name
+from paceline.config import ClientsConfig, Config, strategy_name
 from paceline.data.client_loader import ClientLoader
 from paceline.data.clients import Clients, owners
 from paceline.data.loader import Loader, held_out_rows
@@ -22,6 +22,7 @@ from paceline.data.order import FileOrder, Order, SampleOrder
 from paceline.data.pack import PackedRows, PairedRows
 from paceline.data.prepare import Prepared, prepare
 from paceline.data.rows import Ints, Rows
+from paceline.data.tokens import TokenSet
 from paceline.errors import PlanError
 from paceline.evaluate.held_out import HeldOut, Sample, tokens_per_byte
 from paceline.evaluate.sample import continue_text
@@ -49,6 +50,7 @@ from paceline.train.micro import Trial, choose_micro
 from paceline.train.perturb import Perturb
 from paceline.train.policy import after
 from paceline.train.rate import Rate
+from paceline.train.remote import RemoteClients
 from paceline.train.state import Variant
 
 Say = Callable[[str], None]
@@ -75,7 +77,7 @@ class Parts:
     precision: Precision
     objective: Objective
     batches: Batches
-    loader: Loader | ClientLoader
+    loader: Loader | ClientLoader | RemoteClients
     optimizer_config: OptimizerConfig
     rate: Rate
     average: Average
@@ -140,6 +142,17 @@ def wanted_vocabulary(config: Config, source: ModelSource | None) -> int | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Remote:
+    """One end of a federated run whose clients are processes of their own: the server, or one client."""
+
+    loader: Callable[[BatchPlan], ClientLoader | RemoteClients]
+    identity: str | None = None
+    """In place of who owns what: what must stay the same when a run goes on."""
+    secret: str | None = None
+    """What the server's noise follows from."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Material:
     """What is learned, from what, and what it is measured on: the same under every layout."""
 
@@ -156,6 +169,8 @@ class Material:
     dropped_tokens: int = 0
     clients: Clients | None = None
     """Of a federated run: whose the rows are."""
+    remote: Remote | None = None
+    """Of a federated run whose clients are processes of their own."""
 
 
 def assemble(
@@ -173,7 +188,7 @@ def assemble(
     """
     check_extras(config)
     precision = resolve_precision(config, world.device.units)
-    material = _material(config, module=module, objective=objective, say=say)
+    material = make_material(config, module=module, objective=objective, say=say)
     peak = matmul_flops_per_s(world.device, getattr(torch, precision.compute))
     peak_flops_per_s = world.coordinates.global_ranks * peak
     return put_together(config, world, material, precision=precision, peak_flops_per_s=peak_flops_per_s, saves=saves)
@@ -271,12 +286,16 @@ def put_together(
         checkpointer=_checkpointer(config, world, variant) if writes and saves else None,
         dropped_tokens=material.dropped_tokens,
         file_streams=material.order.streams if isinstance(material.order, FileOrder) else None,
-        clients=identity(config, material.clients),
+        clients=identity(config, material.clients) if material.remote is None else material.remote.identity,
         peak_flops_per_s=peak_flops_per_s,
     )
 
 
-def _loader(config: Config, world: World, material: Material, batches: Batches) -> Loader | ClientLoader:
+def _loader(
+    config: Config, world: World, material: Material, batches: Batches
+) -> Loader | ClientLoader | RemoteClients:
+    if material.remote is not None:
+        return material.remote.loader(batches.full)
     if material.clients is not None:
         return client_loader(config, world, material.train, material.clients, batches.full)
     return Loader(
@@ -294,6 +313,8 @@ def _of_run(config: Config, world: World, material: Material) -> dict[str, Any]:
         "seed": config.seed,
         "rank": world.coordinates.rank,
         "clients": 0 if material.clients is None else len(material.clients),
+        "are_processes": material.remote is not None,
+        "secret": None if material.remote is None else material.remote.secret,
         "servers": world.servers,
         "meets": partial(_is_looked_at, config),
         "clip_norm": config.train.clip_norm,
@@ -319,8 +340,15 @@ def _to_come_bytes(config: Config, world: World, built: Built, shapes: Mapping[s
     return kept + buckets + copied
 
 
-def _material(config: Config, *, module: nn.Module | None, objective: Objective | None, say: Say) -> Material:
-    """What the config names, or was passed."""
+def make_material(
+    config: Config,
+    *,
+    module: nn.Module | None = None,
+    objective: Objective | None = None,
+    owners_of: Callable[[Sequence[TokenSet], ClientsConfig, int], tuple[list[Ints] | None, int]] = owners,
+    say: Say,
+) -> Material:
+    """What the config names, or was passed. ``owners_of``: whose the documents of a federated run are."""
     source = resolve_model(config) if module is None else None
     prepared = prepare_data(config, source, say=say)
     if source:
@@ -328,9 +356,10 @@ def _material(config: Config, *, module: nn.Module | None, objective: Objective 
         check_positions(source, config.batch.sequence_tokens)
     context = objective_context(config, prepared, source)
     options = objective_options(config)
-    whose, count = None, 0
+    whose: Sequence[Ints] | None = None
+    count = 0
     if config.data.clients is not None:
-        whose, count = owners(prepared.train, config.data.clients, config.seed)
+        whose, count = owners_of(prepared.train, config.data.clients, config.seed)
     train = _rows(config, prepared, options.row_tokens(context), options.overlap, whose)
     model = source.build(config.seed, dtype=_dtype_to_cut(config)) if source else module
     if model is None:

@@ -27,13 +27,18 @@ def check_extras(config: Config) -> None:
         primitives()
 
 
-def owned_rows(train: Sequence[PackedRows | PairedRows], whose: Sequence[Ints], count: int, seed: int) -> Clients:
-    """Whose the rows are, from whose the documents are: a row of packed documents holds those of one client."""
+def owned_rows(
+    train: Sequence[PackedRows | PairedRows], whose: Sequence[Ints], count: int, seed: int, first: int = 0
+) -> Clients:
+    """Whose the rows are, from whose the documents are: a row of packed documents holds those of one client.
+
+    ``first``: the number of the first client.
+    """
     of_rows = [
         np.repeat(np.arange(len(rows.rows_per_part)), rows.rows_per_part) if isinstance(rows, PackedRows) else own
         for rows, own in zip(train, whose, strict=True)
     ]
-    return Clients(of_rows, count, seed)
+    return Clients(of_rows, count, seed, first)
 
 
 def client_loader(

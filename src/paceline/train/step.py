@@ -9,7 +9,7 @@ import torch
 from paceline.errors import NonFiniteError
 from paceline.objectives.base import Batch
 from paceline.schedule.base import Schedule
-from paceline.sync.base import Fetching, Sync
+from paceline.sync.base import Fetching, Stepping
 from paceline.train.again import Again, backward
 from paceline.train.replica import ModuleReplica
 
@@ -30,7 +30,7 @@ class StepResult:
 
 
 def train_step(
-    replica: ModuleReplica, sync: Sync, schedule: Schedule, batches: Sequence[Batch], *, step: int, stop: bool
+    replica: ModuleReplica, sync: Stepping, schedule: Schedule, batches: Sequence[Batch], *, step: int, stop: bool
 ) -> StepResult:
     """Run one step on this rank's micro-batches; ``NonFiniteError``, before the weights change, if it went bad.
 

@@ -35,6 +35,7 @@ from paceline.train.early_stop import EarlyStop
 from paceline.train.hooks import Hook, StepEvent
 from paceline.train.memory import used_bytes
 from paceline.train.policy import After, StopRequest, after
+from paceline.train.remote import RemoteClients
 from paceline.train.replica import holding
 from paceline.train.round import train_round
 from paceline.train.spikes import Spikes
@@ -213,7 +214,7 @@ class Loop:
         average = parts.average.tensors
         tensors = state.tensors(parts.built.model, replica, parts.sync, parts.variant, average=average)
         parts.checkpointer.save(self.step, state.owned(tensors, replica), self._values())
-        if self.trackers and isinstance(parts.loader, ClientLoader):
+        if self.trackers and isinstance(parts.loader, ClientLoader | RemoteClients):
             words = privacy_words(parts.config, parts.loader.clients, self.step)
             if words is not None:
                 self.trackers.event("privacy", words, step=self.step)
@@ -247,7 +248,7 @@ class Loop:
         built.replica.set_rate_factor(factor)
         loss_scale = built.replica.loss_scale
         scaled_by = loss_scale.value if loss_scale.is_dynamic else None
-        result, sequences = self._learn(step, parts.loader, shares)
+        result, sequences = self._learn(step, parts.loader, shares, factor)
         tokens = sequences * parts.batches.full.sequence_tokens
         ends_cycle = rate.ends_cycle(step, seen)
         parts.average.stepped(step, ends_cycle=ends_cycle)
@@ -313,17 +314,22 @@ class Loop:
         self.tokens_seen += sequences * self.parts.batches.full.sequence_tokens
 
     def _learn(
-        self, step: int, loader: Loader | ClientLoader, shares: Sequence[Share] | None
+        self, step: int, loader: Loader | ClientLoader | RemoteClients, shares: Sequence[Share] | None, factor: float
     ) -> tuple[StepResult, int]:
-        """Run a step, or a round; what came of it, and how many sequences were learned from."""
+        """Run a step, or a round; what came of it, and how many sequences were learned from.
+
+        ``factor``: of the rate, for clients that are elsewhere.
+        """
         parts, built, stop = self.parts, self.parts.built, self.stop_request.asked
         replica, schedule = built.replica, built.schedule
 
         def batch_of(rows: Sequence[Row], number: int) -> Batch:
             return built.split(parts.objective.batch(rows, seed=parts.config.seed, step=number))
 
+        sync: Any = parts.sync
+        if isinstance(loader, RemoteClients):
+            return loader.train_round(replica, sync, step=step, rate=factor)
         if isinstance(loader, ClientLoader):
-            sync: Any = parts.sync
             result = train_round(replica, sync, schedule, loader, batch_of, step=step, stop=stop)
             return result, loader.rounds.at(step).rows
         if shares is None:

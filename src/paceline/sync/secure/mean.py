@@ -3,7 +3,8 @@
 Each client codes its update in fixed point and masks it; replicas add up masked vectors, and what masks come to is
 taken off at the end. Clients of the round that came too late are those who dropped out: they had shared their secrets,
 and the others open their masks. All clients are played here, and their keys follow from the seed, so that every replica
-knows the few messages of all of them: this shows what the protocol computes and costs, and hides nothing.
+knows the few messages of all of them: this shows what the protocol computes and costs, and hides nothing. Clients that
+are processes of their own play the same protocol over the wire (``sync.remote``), and here masked vectors are added up.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -75,13 +77,17 @@ class SecureOptions(Options):
         return None
 
 
-class SecureMean:
-    """See ``Aggregation``; on one rank, which masks its own parts."""
+class MaskedMean:
+    """See ``Aggregation``: adds up vectors that clients have masked, and takes off what their masks come to.
+
+    On one rank, of its own parts. ``opening``, what the clients have opened in the round, is given before ``result``.
+    """
+
+    opening: Opening
 
     def __init__(self, context: SyncContext, options: SecureOptions) -> None:
         self._link: Link = context.link
         self._options, self._seed, self._rank = options, context.seed, context.rank
-        self._primitives = primitives()
 
     def start(self, replica: VisitedReplica) -> None:
         """Nothing is summed yet."""
@@ -91,44 +97,24 @@ class SecureMean:
         self._dtype = torch.promote_types(replica.shards[0].local.dtype, torch.float32)
 
     def open(self, whole: Round, step: int) -> None:
-        """All who were asked make their keys and share their secrets."""
-        asked = sorted([*(visit.client for visit in whole.visits), *whole.late])
-        n = len(asked)
-        self._place = {client: place for place, client in enumerate(asked)}
-        self._code = FixedPoint(bits=self._options.bits, most=self._options.most, clients=n)
-        self._threshold = self._options.opens(n)
-        neighbours = graph(n, self._options.degree(n), (self._seed, "secure", step))
-        self._clients = [
-            Client(place, own, self._threshold, self._primitives, self._random(step, client), self._options.bits)
-            for place, (client, own) in enumerate(zip(asked, neighbours, strict=True))
-        ]
-        public = {client.index: client.public for client in self._clients}
-        sealed = {client.index: client.share(public) for client in self._clients}
-        self._inbox = [{i: sealed[i][place] for i in own} for place, own in enumerate(neighbours)]
-        self._public, self._neighbours = public, dict(enumerate(neighbours))
+        """All who were asked are in the round, also those who come too late."""
+        self._code = code(self._options, len(whole.visits) + len(whole.late))
         self._total = np.zeros(self._numel, np.uint32)
 
     def take(self, visit: Visit, update: Update, *, weight: float, scale: float, loss: float) -> None:
-        """Code, mask and add a client's update."""
-        flat = torch.cat([update[name].reshape(-1).double().cpu() for name in self._shapes]).numpy()
-        place = self._place[visit.client]
-        self._total += self._clients[place].mask(self._inbox[place], self._code.encode(flat * scale), self._rank)
+        """Add a masked vector."""
+        self._total += update[MASKED].numpy().view(np.uint32)
 
     def told(self) -> Sequence[float]:
         """Nothing that is not masked."""
         return ()
 
     def result(self, told: Sequence[float], visits: Sequence[Visit], step: int) -> Update:
-        """Add up, open, and read the mean."""
+        """Take off the masks of all replicas' clients, and read the mean."""
         summed = torch.from_numpy(self._total.astype(np.int64)).to(self._device)
         self._link.all_reduce(summed).wait()
         total: Words = summed.cpu().numpy().astype(np.uint32)
-        came = [self._place[visit.client] for visit in visits]
-        for place in came:
-            self._clients[place].receive(self._inbox[place])
-        opened = {place: self._clients[place].unmask(came) for place in came}
-        opening = Opening(self._public, self._neighbours, came, opened, self._threshold, self._primitives)
-        total -= opening.masks(self._numel, self._rank)
+        total -= self.opening.masks(self._numel, self._rank)
         mean = torch.from_numpy(self._code.decode(total) / len(visits)).to(self._device, self._dtype)
         parts: Sequence[Tensor] = mean.split([shape.numel() for shape in self._shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
@@ -137,11 +123,82 @@ class SecureMean:
         """Nothing outlives a round."""
         return {}
 
+
+class SecureMean(MaskedMean):
+    """The same with clients that are all played here, each of which masks its own update."""
+
+    def __init__(self, context: SyncContext, options: SecureOptions) -> None:
+        super().__init__(context, options)
+        self._primitives = primitives()
+
+    def open(self, whole: Round, step: int) -> None:
+        """All who were asked make their keys and share their secrets."""
+        super().open(whole, step)
+        asked = sorted([*(visit.client for visit in whole.visits), *whole.late])
+        n = len(asked)
+        self._place = {client: place for place, client in enumerate(asked)}
+        self._threshold = self._options.opens(n)
+        neighbours = neighbours_of(self._options, n, self._seed, step)
+        self._clients = [
+            Client(place, own, self._threshold, self._primitives, self._random(step, client), self._options.bits)
+            for place, (client, own) in enumerate(zip(asked, neighbours, strict=True))
+        ]
+        public = {client.index: client.public for client in self._clients}
+        sealed = {client.index: client.share(public) for client in self._clients}
+        self._inbox = [{i: sealed[i][place] for i in own} for place, own in enumerate(neighbours)]
+        self._public, self._neighbours = public, dict(enumerate(neighbours))
+
+    def take(self, visit: Visit, update: Update, *, weight: float, scale: float, loss: float) -> None:
+        """Code, mask and add a client's update."""
+        place = self._place[visit.client]
+        codes = self._code.encode(flattened(update, list(self._shapes)) * scale)
+        masked = self._clients[place].mask(self._inbox[place], codes, self._rank)
+        super().take(visit, as_masked(masked), weight=weight, scale=scale, loss=loss)
+
+    def result(self, told: Sequence[float], visits: Sequence[Visit], step: int) -> Update:
+        """Open, and read the mean."""
+        came = [self._place[visit.client] for visit in visits]
+        for place in came:
+            self._clients[place].receive(self._inbox[place])
+        opened = {place: self._clients[place].unmask(came) for place in came}
+        self.opening = Opening(self._public, self._neighbours, came, opened, self._threshold, self._primitives)
+        return super().result(told, visits, step)
+
     def _random(self, step: int, client: int) -> Random:
         """Bytes that follow from (seed, round, client), one call after the other."""
-        calls = iter(range(1 << 30))
+        return stream(f"secure/{self._seed}/{step}/{client}".encode())
 
-        def draw(count: int) -> bytes:
-            return hashlib.shake_256(f"secure/{self._seed}/{step}/{client}/{next(calls)}".encode()).digest(count)
 
-        return draw
+MASKED = "masked"
+"""The name of a masked vector, which stands in place of an update."""
+
+
+def as_masked(words: Words) -> Update:
+    """A masked vector as an update."""
+    return {MASKED: torch.from_numpy(words.view(np.uint8))}
+
+
+def flattened(update: Update, names: Sequence[str]) -> NDArray[np.float64]:
+    """All values of an update, one tensor after the other."""
+    flat: NDArray[np.float64] = torch.cat([update[name].reshape(-1).double().cpu() for name in names]).numpy()
+    return flat
+
+
+def code(options: SecureOptions, asked: int) -> FixedPoint:
+    """How the values of an update are coded, of so many clients."""
+    return FixedPoint(bits=options.bits, most=options.most, clients=asked)
+
+
+def neighbours_of(options: SecureOptions, asked: int, seed: int, step: int) -> list[list[int]]:
+    """Who shares secrets with whom in a round: places among those asked, by place."""
+    return graph(asked, options.degree(asked), (seed, "secure", step))
+
+
+def stream(secret: bytes) -> Random:
+    """Bytes that follow from a secret, one call after the other."""
+    calls = iter(range(1 << 30))
+
+    def draw(count: int) -> bytes:
+        return hashlib.shake_256(secret + f"/{next(calls)}".encode()).digest(count)
+
+    return draw

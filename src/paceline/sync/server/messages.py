@@ -267,6 +267,109 @@ class Ask(NamedTuple):
     """What the optimizer keeps by which keys, and how stale pushes were."""
 
 
+# Of a federated run whose clients are processes of their own (``sync.remote``), to the server. Keys and sealed words
+# are hexadecimal; places are those among the clients asked in the round, in the order of their numbers.
+
+
+class Hello(NamedTuple):
+    """The first message of a connection. ``run``: what has to be the same at both ends, as words by key.
+
+    ``rows``: that the client has to learn from.
+    """
+
+    name: str
+    token: str
+    run: dict[str, str]
+    rows: int
+
+
+class Next(NamedTuple):
+    """What is there to do after round ``after``, the last that this client handed something in for?"""
+
+    after: int
+
+
+class Advertise(NamedTuple):
+    """Public keys of a round: those behind masks, and those that seal."""
+
+    round: int
+    masks: str
+    seals: str
+
+
+class Share(NamedTuple):
+    """Sealed shares of this client's secrets, by the place of who gets them."""
+
+    round: int
+    sealed: dict[int, str]
+
+
+class HandIn(NamedTuple):
+    """What a client has learned. ``update``: tensors by name. ``numbers``: targets, the sums of losses and of their
+    targets, the first loss, whether the update was within the clip."""
+
+    round: int
+    numbers: tuple[float, ...]
+    update: Any
+
+
+class Came(NamedTuple):
+    """Whose vectors are in the sum?"""
+
+    round: int
+
+
+class Open(NamedTuple):
+    """Shares of others' secrets, by place: of the masks of those who came, and of the keys of those who did not."""
+
+    round: int
+    masks: dict[int, str]
+    keys: dict[int, str]
+
+
+# Its answers.
+
+
+class Welcome(NamedTuple):
+    """The token is right, and so is the run; of so many clients."""
+
+    clients: int
+
+
+class Work(NamedTuple):
+    """A client's part in a round.
+
+    ``visit``: the fields of ``data.rounds.Visit``. ``rate``: of the optimizer, as a share of its peak. ``clip``: of
+    privacy. ``place``: among ``asked``. ``weights``: tensors by name.
+    """
+
+    round: int
+    visit: tuple[int, ...]
+    rate: float
+    clip: float | None
+    place: int
+    asked: int
+    weights: Any
+
+
+class Keys(NamedTuple):
+    """Public keys by place."""
+
+    keys: dict[int, tuple[str, str]]
+
+
+class Shares(NamedTuple):
+    """Sealed shares of others' secrets, by the place of who sent them."""
+
+    sealed: dict[int, str]
+
+
+class End(NamedTuple):
+    """The run is over; its weights by name."""
+
+    weights: Any
+
+
 Request = Join | Commit | Turn | Leave | Fetch | Stage | Pull | Setup | Fill | Ready | Ask
 Answer = Joined | Committed | Granted | Entries | Done | Values | Refused
 
@@ -278,6 +381,8 @@ KINDS: dict[str, Any] = {
         *(Join, Commit, Turn, Leave, Fetch, Stage, Pull),
         *(Setup, Fill, Ready, Ask),
         *(Joined, Committed, Granted, Entries, Done, Values, Refused),
+        *(Hello, Next, Advertise, Share, HandIn, Came, Open),
+        *(Welcome, Work, Keys, Shares, End),
     )
 }
 

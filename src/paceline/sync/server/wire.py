@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import socket
+import ssl
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -26,9 +27,10 @@ Place = tuple[str, int, int]
 
 
 class Inbox:
-    """What has come in on a socket that does not block, frame by frame."""
+    """What has come in on a socket that does not block, frame by frame. One longer than ``most_bytes`` is refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int | None = None) -> None:
+        self.most_bytes = most_bytes
         self._prefix, self._header, self._body = bytearray(_PREFIX.size), bytearray(), bytearray()
         self._left: memoryview
         self._begin()
@@ -39,7 +41,7 @@ class Inbox:
         while True:
             try:
                 count = connection.recv_into(self._left) if len(self._left) else 0
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantReadError):
                 return frames
             if count == 0 and len(self._left):
                 raise ConnectionResetError("the other end is gone")
@@ -55,6 +57,8 @@ class Inbox:
         """Go on to the next part of a frame: the frame if that was its last, () if not, None to wait for more."""
         if self._stage == 0:
             header, body = _PREFIX.unpack(self._prefix)
+            if self.most_bytes is not None and header + body > self.most_bytes:
+                raise ConnectionAbortedError(f"a frame of {header + body} bytes, and {self.most_bytes} are the most")
             self._header, self._body, self._stage = bytearray(header), bytearray(body), 1
             self._left = memoryview(self._header)
             return None
