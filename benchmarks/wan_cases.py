@@ -9,7 +9,7 @@ from emulator import Weather
 from paceline.config import Config, strategy_name
 from paceline.models.describe import describe
 from paceline.plan.network import Network
-from paceline.sync.base import delays
+from paceline.sync.base import Load, exchange_s
 from paceline.train.assemble import resolve_model
 from paceline.train.settle import settle
 
@@ -63,28 +63,22 @@ def config(sync: Any, given: Conditions, output: str = "unused") -> Config:
     return settle(parsed, say=print)
 
 
-def formulas(run: Config, given: Conditions, compute_s: float) -> tuple[float, float | None]:
-    """Payload bytes of a step, and its time; None for a sync that does not say for how many delays it waits."""
+def formulas(run: Config, given: Conditions, compute_s: float) -> tuple[float, float]:
+    """Payload bytes of a step, and its time."""
     source = resolve_model(run)
     assert source is not None
     shapes = {info.name: info.shape for info in describe(source.meta()) if info.trainable}
-    counted = given.steps - given.warmup
-    levels: list[Any] = list(zip(run.syncs, run.group_sizes, strict=True))
-    # What a run of so many steps has more than one of the warm-up; both end with an exchange.
-    runs = given.steps + 1, given.warmup + 1
-    longer, shorter = (sum(sync.wire_bytes(shapes, size, steps) for sync, size in levels) for steps in runs)
-    sent = longer - shorter
-    waits = [_waits(sync, size, *runs) for sync, size in levels]
     slower = min(given.link, given.back, key=lambda side: side.bits_per_s)
     link = Network(slower.bits_per_s, (given.link.delay_s + given.back.delay_s) / 2)
-    known = [count for count in waits if count is not None]
-    modelled = compute_s + link.seconds(sent, sum(known)) / counted if len(known) == len(waits) else None
-    return sent / counted, modelled
-
-
-def _waits(sync: Any, size: int, longer: int, shorter: int) -> int | None:
-    more, fewer = (delays(sync, size, steps) for steps in (longer, shorter))
-    return None if more is None or fewer is None else more - fewer
+    sent = waited_s = 0.0
+    for sync, size in zip(run.syncs, run.group_sizes, strict=True):
+        # What a run of so many steps has more than one of the warm-up; both end with an exchange.
+        for steps, sign in ((given.steps + 1, 1), (given.warmup + 1, -1)):
+            load = Load(shapes=shapes, members=size, steps=steps, value_bytes=4, compute_s=compute_s)
+            sent += sign * sync.wire_bytes(shapes, size, steps)
+            waited_s += sign * exchange_s(sync, link, load)
+    counted = given.steps - given.warmup
+    return sent / counted, compute_s + waited_s / counted
 
 
 def name_of(run: Config) -> str:

@@ -2,6 +2,7 @@
 
 python tools/sync_table.py                 run what has not been measured yet, then write the page
 python tools/sync_table.py --most-s 280    the same, but begin no run that would end later; the next call goes on
+python tools/sync_table.py --deltas        only what is sent in 8 and 4 bits against the same in 32, over more seeds
 python tools/sync_table.py --page          write the page from what is measured
 python tools/sync_table.py --check         fail if the page is not what would be written
 
@@ -31,10 +32,10 @@ from paceline.plan.layout import Grid
 from paceline.plan.network import Network
 from paceline.recipes.prepare import prepare_in_child
 from paceline.recipes.seeds import spread
-from paceline.recipes.train import places
+from paceline.recipes.train import parameter_servers, places
 from paceline.registry import SYNCS
-from paceline.sync.auto import Auto, Load
-from paceline.sync.base import delays
+from paceline.sync.auto import Auto
+from paceline.sync.base import Load, exchange_s
 from paceline.sync.measured import BASELINE, PATH, YARDSTICKS, worth
 from paceline.sync.rows import ROWS
 from paceline.train.assemble import assemble, resolve_model
@@ -71,6 +72,23 @@ SETTING: dict[str, Any] = {
     "track": {"display": "none", "tensorboard": False},
 }
 LINKS = ("1gbit/0.5ms", "100mbit/25ms", "20mbit/50ms")
+FEDERATED, LOCAL_STEPS = "federated 10", 10
+ROUNDS: dict[str, Any] = {
+    "sync": {"name": "federated", "clients_per_round": REPLICAS, "local_steps": LOCAL_STEPS},
+    "data": {**SETTING["data"], "clients": {"by": "dirichlet", "count": REPLICAS, "alpha": 100}},
+    "batch": {**SETTING["batch"], "sequences": SEQUENCES},
+    "schedule": {**SETTING["schedule"], "warmup_steps": SETTING["schedule"]["warmup_steps"] // LOCAL_STEPS},
+    "train": {"steps": STEPS // LOCAL_STEPS},
+}
+"""As many clients as replicas, in rounds of as many tokens as that number of steps."""
+DELTA_SEEDS, DELTA_RATE = (0, 1, 2, 3, 4), 1.0e-3
+DELTA_SETTING = {**SETTING, "optimizer": {**SETTING["optimizer"], "lr": DELTA_RATE}}
+DELTAS = {
+    "diloco 100": ("diloco 100 int8", "diloco 100 int4"),
+    "streaming 100": ("streaming 100 int8", "streaming 100 int4"),
+}
+"""What is sent as it is, and what is sent in fewer bits. At the table's rate runs that differ in a last bit end some
+hundredths of a nat apart, by chance, which would hide what is looked for."""
 ALONE, ALONE_STEPS = "one replica alone", 40
 ALONE_PLACE = Coordinates.of(0, replicas=1, ranks=1, local_rank=0, local_ranks=REPLICAS)
 """It has as many threads as it would have among others."""
@@ -81,13 +99,21 @@ HEAD = f"""\
 Written by `make sync-table`. {REPLICAS} replicas learn from the Python documentation: a Llama of {{parameters}}
 parameters, {STEPS} steps of {SEQUENCES * REPLICAS} sequences of {SETTING["batch"]["sequence_tokens"]} tokens in all,
 AdamW at a rate that rises for 50 steps and then falls to zero, fp32. Every row starts from the same weights and sees
-the same tokens; nothing was tuned for any of them. [Which to take](../guides/choosing-a-sync.md)
+the same tokens, but for `{FEDERATED}`; nothing was tuned for any of them. [Which to take](../guides/choosing-a-sync.md)
 
 - `loss`: held-out, in nats, mean over the seeds.
 - `more than all_reduce`: the difference with its 95 % interval, by Student's t over pairs of the same seed.
 - `worth`: in what share of the steps all-reduce gets to the same loss, by its own runs of a quarter, half and all of
   the steps. 50 %: each step teaches half as much.
-- `KiB`: payload that each replica sends a step, by the closed formula, and as counted in the run.
+- `KiB`: payload that each replica sends a step, by the closed formula, and as counted in the run. What servers send
+  back, as much to each replica, is not in it.
+- A number at the end of a name is the period; `int8` and others are [reducers](reducers.md), and `streaming` has two
+  fragments and a delay of ten steps. All options stand in `src/paceline/sync/rows.py`.
+- `{FEDERATED}` is FedAvg with {REPLICAS} clients, all of which take part in every round of {LOCAL_STEPS} steps. Each
+  draws from its own quarter of the documents, so that it sees other tokens; the rate changes from round to round, and
+  clients begin each round without moments.
+- In `parameter_server stale 1` replicas run at their own pace: another machine gives other gradients in another order.
+  Here they were about equally quick, which is the mildest case.
 
 """
 TIMES = """\
@@ -95,9 +121,18 @@ TIMES = """\
 ## On a link
 
 Milliseconds of a step: what one replica takes alone ({compute_ms:.1f} ms on one core, the median of {steps} steps) and
-what its exchanges take on the link by bytes and delays. Behind the stroke the same divided by the worth: milliseconds
-for what all-reduce learns in one step, which is what `sync: auto` makes least of. Its choice is bold.
-`benchmarks/wan.py` measures such times on an emulated link.
+what its exchanges take on the link by bytes and delays, where no steps hide it. Behind the stroke the same divided by
+the worth: milliseconds for what all-reduce learns in one step, which is what `sync: auto` makes least of. Its choice is
+bold.
+`benchmarks/wan.py` measures such times on an emulated link ([how near they come](../log.md)).
+
+"""
+DELTAS_HEAD = f"""
+## Fewer bits for what replicas moved by
+
+Held-out loss with 8 or 4 bits minus that with 32, in nats, over pairs of the same seed: mean, and its 95 % interval by
+Student's t. The rate is {DELTA_RATE:g} here, and all else as above: at {SETTING["optimizer"]["lr"]:g} two runs that
+differ in a last bit end some hundredths apart. `python tools/sync_table.py --deltas` measures these rows alone.
 
 """
 TAIL = """\
@@ -107,7 +142,10 @@ TAIL = """\
 - One small model at the start of its training, which is where replicas that learn alone lose most: in the DiLoCo paper
   they lose nothing over tens of thousands of steps. With more replicas or a longer period they lose more.
 - Options were not tuned: not the rate, nor the outer rate and momentum.
-- Times leave out what a strategy computes itself, and what processes wait for each other.
+- Times leave out what a strategy computes itself, and what processes wait for each other. `partial` sends less than the
+  most, which is what its time is of.
+- The time of bytes and that of delays are added up. Where several large sums are under way together they overlap in
+  part, and it is less.
 """
 
 
@@ -115,12 +153,15 @@ def main() -> None:
     """Measure what is missing, and write or compare the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most-s", type=float, default=float("inf"), help="begin no run that would end later")
+    parser.add_argument("--deltas", action="store_true", help="measure these rows only, and print what comes of it")
     parser.add_argument("--page", action="store_true", help="write the page only")
     parser.add_argument("--check", action="store_true", help="compare the page only")
     asked = parser.parse_args()
     known = read()
     if not (asked.page or asked.check):
-        measure(known, most_s=asked.most_s)
+        measure(known, most_s=asked.most_s, deltas=asked.deltas)
+    if asked.deltas:
+        print("\n".join(deltas(known["deltas"])))
     pages = {PAGE: render(known), GUIDE: guide(known, GUIDE.read_text())}
     for path, page in pages.items():
         if not asked.check:
@@ -133,10 +174,18 @@ def read() -> dict[str, Any]:
     """What is known and still holds."""
     known: dict[str, Any] = json.loads(PATH.read_text())
     if known.get("setting") != SETTING:
-        return {"setting": SETTING, "machine": "", "syncs": {}, "runs": {}}
+        return {"setting": SETTING, "delta_rate": DELTA_RATE, "machine": "", "syncs": {}, "runs": {}, "deltas": {}}
     asked = dict(_runs())
-    same = [name for name in known["runs"] if known["syncs"][name] == asked.get(name)]
-    return {**known, **{key: {name: known[key][name] for name in same} for key in ("syncs", "runs")}}
+    known["deltas"] = known.get("deltas", {}) if known.get("delta_rate") == DELTA_RATE else {}
+    known["delta_rate"] = DELTA_RATE
+    same = {name for name, sync in known["syncs"].items() if sync == asked.get(name)}
+    return {
+        **known,
+        **{
+            key: {name: value for name, value in known[key].items() if name in same}
+            for key in ("syncs", "runs", "deltas")
+        },
+    }
 
 
 def _runs() -> Iterator[tuple[str, Any]]:
@@ -144,42 +193,54 @@ def _runs() -> Iterator[tuple[str, Any]]:
     yield ALONE, "all_reduce"
     yield from ((name, "all_reduce") for name in YARDSTICKS)
     yield from ((name, row) for name, row in ROWS.items() if name not in YARDSTICKS)
+    yield FEDERATED, ROUNDS
 
 
-def measure(known: dict[str, Any], *, most_s: float) -> None:
+def measure(known: dict[str, Any], *, most_s: float, deltas: bool = False) -> None:
     """Every run that is not known, seed by seed, each written down when it is done."""
     begin, longest_s = time.perf_counter(), 0.0
-    missing = [
-        (name, sync, seed)
-        for seed in SEEDS
-        for name, sync in _runs()
-        if str(seed) not in known["runs"].get(name, {}) and not (name == ALONE and seed != SEEDS[0])
+    every = [
+        ("runs", SETTING, name, seed) for seed in SEEDS for name, _ in _runs() if name != ALONE or seed == SEEDS[0]
     ]
-    for name, sync, seed in missing:
+    if deltas:
+        every = []
+    every += [
+        ("deltas", DELTA_SETTING, name, seed)
+        for plain, coded in DELTAS.items()
+        for seed in DELTA_SEEDS
+        for name in (plain, *coded)
+    ]
+    missing = [run for run in every if str(run[3]) not in known[run[0]].get(run[2], {})]
+    syncs = dict(_runs())
+    for kind, setting, name, seed in missing:
         if time.perf_counter() - begin + longest_s > most_s:
             print(f"{len(missing)} run(s) were missing; the same command goes on")
             return
         start = time.perf_counter()
-        result = train(name, sync, seed)
+        result = train(name, syncs[name], seed, setting)
         seconds = time.perf_counter() - start
         longest_s = max(longest_s, seconds)
         print(f"{name:<36} seed {seed}  loss {result['loss']:.4f}  {seconds:.0f} s", flush=True)
         known["machine"] = processor_name()
-        known["syncs"][name] = sync
-        known["runs"].setdefault(name, {})[str(seed)] = {**result, "seconds": round(seconds, 1)}
+        known["syncs"][name] = syncs[name]
+        known[kind].setdefault(name, {})[str(seed)] = {**result, "seconds": round(seconds, 1)}
         PATH.write_text(json.dumps(known, indent=1) + "\n")
 
 
-def train(name: str, sync: Any, seed: int) -> dict[str, Any]:
+def train(name: str, sync: Any, seed: int, setting: Mapping[str, Any]) -> dict[str, Any]:
     """One run; what the leader tells of it."""
     steps = ALONE_STEPS if name == ALONE else round(STEPS * YARDSTICKS.get(name, 1.0))
-    alone = {"replicas": 1, "batch": {**SETTING["batch"], "sequences": SEQUENCES}} if name == ALONE else {}
+    own: dict[str, Any] = {"sync": sync, "train": {"steps": steps}}
+    if name == ALONE:
+        own |= {"replicas": 1, "batch": {**SETTING["batch"], "sequences": SEQUENCES}}
+    elif name == FEDERATED:
+        own = dict(sync)
     with tempfile.TemporaryDirectory(prefix="paceline-syncs-") as folder:
-        train = {"steps": steps, "output": folder}
-        config = Config.parse({**SETTING, **alone, "sync": sync, "seed": seed, "train": train})
+        config = Config.parse({**setting, **own, "seed": seed, "train": {**own["train"], "output": folder}})
         prepare_in_child(config, Path(folder) / "prepare.log", say=print, debug=False)
         ranks = places(config, 1) if name != ALONE else [ALONE_PLACE]
-        local = LocalRun(_Rank(config), ranks, port=0, logs=Path(folder) / "logs")
+        servers = parameter_servers(config, Path(folder))
+        local = LocalRun(_Rank(config), ranks, port=0, logs=Path(folder) / "logs", servers=servers)
         try:
             (result,) = [message["result"] for _, message in local.messages() if message["kind"] == "result"]
         finally:
@@ -203,10 +264,11 @@ class _Rank:
                 step_s = [event.step_s for event in loop.steps()]
             if coordinates.is_leader:
                 assert loop.evaluation is not None
+                steps = LOCAL_STEPS if self._config.in_rounds else 1
                 result = {
                     "loss": loop.evaluation.loss,
-                    "step_ms": round(1e3 * statistics.median(step_s[10:]), 3),
-                    "sent_bytes": (sent[-1] - before) / len(sent),
+                    "step_ms": round(1e3 * statistics.median(step_s[10:]) / steps, 3),
+                    "sent_bytes": (sent[-1] - before) / len(sent) / steps,
                 }
                 line.send("result", result=result)
 
@@ -221,20 +283,36 @@ def render(known: Mapping[str, Any]) -> str:
     lines = [HEAD.format(parameters=parameters)]
     lines.append("| sync | seeds | loss | more than all_reduce | worth | KiB a step | as counted |")
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    names = [name for name in (*YARDSTICKS, *ROWS) if name in runs]
+    names = [name for name in (*YARDSTICKS, *ROWS, FEDERATED) if name in runs]
     lines += [_quality(name, shapes, known) for name in dict.fromkeys(names)]
     lines.append(TIMES.format(compute_ms=compute_ms, steps=ALONE_STEPS - 10).rstrip() + "\n")
     lines += _times(shapes, compute_ms, runs)
     fewer = any(len(runs.get(name, {})) < len(SEEDS) for name, _ in _runs() if name != ALONE)
     left = f"\nRows with fewer than {len(SEEDS)} seeds are not finished: `make sync-table` goes on.\n" if fewer else ""
-    return "\n".join(lines) + "\n" + left + f"\nTaken on {known['machine']}, 2 cores.\n" + TAIL
+    compared = deltas(known.get("deltas", {}))
+    fewer_bits = DELTAS_HEAD + "\n".join(compared) + "\n" if compared else ""
+    return "\n".join(lines) + "\n" + left + fewer_bits + f"\nTaken on {known['machine']}, 2 cores.\n" + TAIL
+
+
+def deltas(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What fewer bits change, over the seeds that both have."""
+    lines = ["| sync | against | seeds | difference | 95 % interval |", "| --- | --- | --- | --- | --- |"]
+    for plain, coded in DELTAS.items():
+        for name in coded:
+            own, beside = runs.get(name, {}), runs.get(plain, {})
+            pairs = [own[seed]["loss"] - beside[seed]["loss"] for seed in sorted(own.keys() & beside.keys())]
+            if len(pairs) > 1:
+                found = spread(pairs)
+                low, high = found.mean - found.half_width, found.mean + found.half_width
+                lines.append(f"| `{name}` | `{plain}` | {len(pairs)} | {found.mean:+.4f} | {low:+.4f} to {high:+.4f} |")
+    return lines if len(lines) > 2 else []
 
 
 def _quality(name: str, shapes: Mapping[str, Sequence[int]], known: Mapping[str, Any]) -> str:
     runs: Mapping[str, Mapping[str, Any]] = known["runs"]
     own, baseline = runs[name], runs[BASELINE]
     pairs = sorted(own.keys() & baseline.keys())
-    losses = [own[seed]["loss"] for seed in own]
+    losses = [own[seed]["loss"] for seed in pairs or own]
     more = [own[seed]["loss"] - baseline[seed]["loss"] for seed in pairs]
     if name == BASELINE:
         difference = "0"
@@ -244,16 +322,17 @@ def _quality(name: str, shapes: Mapping[str, Sequence[int]], known: Mapping[str,
     else:
         difference = f"{more[0]:+.4f}" if more else "-"
     share = worth(name, runs)
-    steps = round(STEPS * YARDSTICKS.get(name, 1.0))
-    formula = choose(SYNCS, known["syncs"][name]).wire_bytes(shapes, REPLICAS, steps) / steps  # type: ignore[attr-defined]
+    options, load = _load(name, shapes, compute_ms=0.0)
+    formula = options.wire_bytes(shapes, REPLICAS, load.steps) / load.steps / (LOCAL_STEPS if name == FEDERATED else 1)
+    most = "at most " if getattr(options, "sends_less", False) else ""
     counted = statistics.fmean(run["sent_bytes"] for run in own.values())
     cells = [
         f"`{name}`" if name in ROWS else name,
-        str(len(own)),
+        str(len(pairs or own)),
         f"{statistics.fmean(losses):.4f}",
         difference,
         f"{share:.0%}" if share is not None else "-",
-        f"{formula / 1024:,.1f}",
+        f"{most}{formula / 1024:,.1f}",
         f"{counted / 1024:,.1f}",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -273,27 +352,33 @@ def _times(shapes: Mapping[str, Sequence[int]], compute_ms: float, runs: Mapping
     """The second table."""
     lines = ["| sync | worth | " + " | ".join(LINKS) + " |", "| --- | --- |" + " --- |" * len(LINKS)]
     chosen = {link: _auto(link, shapes, compute_ms, runs) for link in LINKS}
-    for name, row in ROWS.items():
-        share, options = worth(name, runs), choose(SYNCS, row)
-        waits = delays(options, REPLICAS, STEPS)
+    for name in (*ROWS, FEDERATED):
+        share = worth(name, runs)
         if share is None:
             continue
+        options, load = _load(name, shapes, compute_ms)
         cells = [f"`{name}`", f"{share:.0%}"]
         for link in LINKS:
-            if waits is None:
-                cells.append("-")
-                continue
-            sent = options.wire_bytes(shapes, REPLICAS, STEPS)  # type: ignore[attr-defined]
-            step_ms = compute_ms + 1e3 * Network.parse(link).seconds(sent, waits) / STEPS
+            step_ms = compute_ms + 1e3 * exchange_s(options, Network.parse(link), load) / STEPS
             text = f"{step_ms:,.1f} / {step_ms / share:,.1f}"
             cells.append(f"**{text}**" if chosen[link] == name else text)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
+def _load(name: str, shapes: Mapping[str, Sequence[int]], compute_ms: float) -> tuple[Any, Load]:
+    """A row's options, and what a run of it is on a link: a step of rounds is a round."""
+    steps, each = round(STEPS * YARDSTICKS.get(name, 1.0)), 1
+    if name == FEDERATED:
+        steps, each = STEPS // LOCAL_STEPS, LOCAL_STEPS
+    sync = {**dict(_runs()), FEDERATED: ROUNDS["sync"]}[name]
+    load = Load(shapes=shapes, members=REPLICAS, steps=steps, value_bytes=4, compute_s=each * compute_ms / 1e3)
+    return choose(SYNCS, sync), load
+
+
 def _auto(link: str, shapes: Mapping[str, Sequence[int]], compute_ms: float, runs: Mapping[str, Any]) -> str:
     auto = Auto(link=link, compute_ms=compute_ms)
-    load = Load(shapes=shapes, members=REPLICAS, steps=STEPS, value_bytes=4, compute_s=compute_ms / 1e3)
+    _, load = _load(BASELINE, shapes, compute_ms)
     return auto.candidates(load, lambda _: True, runs)[0].name
 
 

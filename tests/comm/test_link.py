@@ -2,6 +2,7 @@
 
 import os
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -139,6 +140,25 @@ def test_two_members_and_some_of_them(pool):
         assert got == [[before] * 2, [before] * 3] and ring_bytes == 4 * 5
     assert [total for _, _, total, _ in told] == [2.0, 1.0, 2.0]
     assert [extra for *_, extra in told] == [all_reduce_bytes(4, 2), 0, all_reduce_bytes(4, 2) + 4]
+
+
+def in_pieces(member):
+    """A sum that is not cut, and one that is, the last piece of which is shorter."""
+    between, sums = linked(member), []
+    for most in (link._PIECE_BYTES, 100):
+        with patch.object(link, "_PIECE_BYTES", most):
+            total = torch.arange(1001, dtype=torch.float64).view(7, 143) * (member.index + 1)
+            before = between.sent_bytes
+            between.all_reduce(total).wait()
+            sums.append((total, between.sent_bytes - before))
+    return sums
+
+
+@MEMBERS
+def test_pieces_of_a_large_sum_are_the_sum_and_its_bytes(pool, members):
+    expected = torch.arange(1001, dtype=torch.float64).view(7, 143) * sum(range(1, members + 1))
+    for total, sent_bytes in (made for told in pool.run(in_pieces, members) for made in told):
+        assert torch.equal(total, expected) and sent_bytes == all_reduce_bytes(8 * 1001, members)
 
 
 NUMELS = (8_192, 100_001, 8_192, 8_192, 50_001)

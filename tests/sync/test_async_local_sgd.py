@@ -343,7 +343,7 @@ def test_what_is_sent_with_dynamic_steps_is_at_most_what_is_announced(pool):
     whole = 4 * sum(p.numel() for p in tiny_llama().parameters())
     sent = [told["sent_bytes"] for told in pool.run(on_pool, 2, {"sync": sync, "steps": 9, "dtype": torch.float32})]
     assert options.sends_less and all(0 < own <= options.wire_bytes(shapes, 2, 9) == 9 * whole for own in sent)
-    assert options.delays(2, 9) == 4 * 9 and options.delays(1, 9) == 0
+    assert options.delays(shapes, 2, 9) == 8 * 9 and options.delays(shapes, 1, 9) == 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def table(tmp_path, monkeypatch):
     """A table of two rows and two seeds, with runs that take no time and lose a hundredth more with every seed."""
     trained = []
 
-    def train(name, sync, seed):
+    def train(name, sync, seed, setting):
         trained.append((name, seed))
         return {"loss": LOSSES.get(name, 9.0) + 0.01 * seed, "step_ms": 12.5, "sent_bytes": 2048.0}
 
@@ -26,6 +26,7 @@ def table(tmp_path, monkeypatch):
     sync_table.GUIDE.write_text(sync_table.BEGIN + "old\n" + sync_table.END + "after\n")
     monkeypatch.setattr(sync_table, "ROWS", {"all_reduce": "all_reduce", "diloco 100": ROWS["diloco 100"]})
     monkeypatch.setattr(sync_table, "SEEDS", (0, 1))
+    monkeypatch.setattr(sync_table, "DELTAS", {})
     monkeypatch.setattr(sync_table, "train", train)
     sync_table.PATH.write_text('{"runs": {}}')
     sync_table.trained = trained
@@ -41,7 +42,7 @@ def measure(table, most_s=float("inf")):
 
 def test_what_is_known_is_not_run_again(table):
     ran, known = measure(table)
-    assert len(ran) == 1 + 2 * 4 and ran[0] == (table.ALONE, 0)
+    assert len(ran) == 1 + 2 * 5 and ran[0] == (table.ALONE, 0)
     assert measure(table) == ([], known)
     del known["runs"]["diloco 100"]["1"]
     table.PATH.write_text(json.dumps(known))
@@ -87,3 +88,29 @@ def test_a_page_that_is_not_what_was_measured_is_an_error(table, monkeypatch):
     table.GUIDE.write_text(table.GUIDE.read_text().replace("71%", "72%"))
     with pytest.raises(SystemExit, match=r"is not what measured\.json says"):
         table.main()
+
+
+def test_a_round_counts_as_its_steps(table):
+    """Formula and time are of a step, of which a round of clients has ten."""
+    _, known = measure(table)
+    shapes = table._shapes()
+    options, load = table._load(table.FEDERATED, shapes, 12.5)
+    assert load.steps == table.STEPS // 10 and load.compute_s == pytest.approx(0.125)
+    line = next(line for line in table.render(known).splitlines() if line.startswith("| federated 10 |"))
+    assert f"| {options.wire_bytes(shapes, 4, 1) / 10 / 1024:,.1f} |" in line
+
+
+def test_fewer_bits_are_compared_over_seeds_of_their_own(table, monkeypatch):
+    """Differences of 1, 2 and 3 hundredths: a mean of 2 and, with two degrees of freedom, 4.303 / sqrt(3) of 1."""
+    losses = {"diloco 100": [2.0, 2.0, 2.0], "diloco 100 int8": [2.01, 2.02, 2.03]}
+    monkeypatch.setattr(table, "DELTAS", {"diloco 100": ("diloco 100 int8",)})
+    monkeypatch.setattr(table, "DELTA_SEEDS", (0, 1, 2))
+    monkeypatch.setitem(table.ROWS, "diloco 100 int8", ROWS["diloco 100 int8"])
+    monkeypatch.setattr(table, "train", lambda name, sync, seed, setting: {"loss": losses[name][seed]})
+    known = table.read()
+    table.measure(known, most_s=float("inf"), deltas=True)
+    assert known["runs"] == {} and set(known["deltas"]) == set(losses), "nothing else is measured"
+    assert table.read() == known
+    assert table.deltas(known["deltas"])[2:] == [
+        "| `diloco 100 int8` | `diloco 100` | 3 | +0.0200 | -0.0048 to +0.0448 |"
+    ]

@@ -26,5 +26,8 @@ class Network:
         return cls(float(match[1]) * _UNITS[match[2]], float(match[3]) * _UNITS[match[4]])
 
     def seconds(self, n_bytes: float, delays: float) -> float:
-        """To send so many bytes, and to wait so many times, one after the other, for something to arrive."""
+        """To send so many bytes, and to wait for so many delays one after the other (``plan.wire``).
+
+        Where several pieces are under way their bytes fill the pauses, and it is less (docs/log.md).
+        """
         return 8 * n_bytes / self.bits_per_s + delays * self.delay_s

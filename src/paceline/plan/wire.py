@@ -1,4 +1,4 @@
-"""Payload bytes that one member of a group sends in an exchange: the closed formulas, of which a plan is made.
+"""Payload bytes that one member of a group sends in an exchange, and how often it waits: the closed formulas of plans.
 
 ``n_bytes`` is the size of a member's own tensor, unless said otherwise. What TCP adds (headers, acknowledgements: about
 1 % with jumbo frames) is not payload.
@@ -40,6 +40,32 @@ def broadcast_bytes(n_bytes: int, size: int, place: int) -> int:
     return n_bytes * sum(1 for i in rounds if place < 2**i and place + 2**i < size)
 
 
-def all_reduce_delays(size: int) -> int:
-    """How often a member waits for something to arrive: each piece goes round the ring twice, less one place each."""
-    return 2 * (size - 1)
+# For how many delays of the link, one after the other, a member waits in an exchange (``plan.network``). Gloo sends
+# nothing before it has heard that the other side is ready: a delay there, and one back. ``comm/mailbox.py`` is ready
+# ahead.
+
+
+def all_reduce_delays(n_bytes: int, size: int) -> int:
+    """A small sum goes to all at once; of a large one each piece goes round the ring twice, less one place each."""
+    if n_bytes <= direct_bytes(size):
+        return int(size > 1)
+    return 4 * (size - 1)
+
+
+def all_gather_delays(size: int) -> int:
+    """To all at once."""
+    return int(size > 1)
+
+
+def all_to_all_delays(size: int) -> int:
+    """All pieces are on their way at once; so they are in a sum to the owners of pieces."""
+    return 2 * int(size > 1)
+
+
+def broadcast_delays(size: int) -> int:
+    """A copy goes down a binomial tree; so long waits who is last."""
+    return 2 * (size - 1).bit_length()
+
+
+MESSAGE_DELAYS = 2
+"""A message to one member; also a question and its answer."""

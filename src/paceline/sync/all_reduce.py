@@ -77,9 +77,16 @@ class AllReduce(Options):
         )
         return steps * (gradients + counts)
 
-    def delays(self, members: int, steps: int) -> int:
-        """In every step the targets, then gradients and losses at once."""
-        return steps * 2 * all_reduce_delays(members)
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
+        """In every step the targets, then gradients and losses at once; with a reducer targets cost no wait."""
+        numels = [math.prod(shape) for shape in shapes.values()]
+        if self.is_exact:
+            buckets = [sum(numels[i] + 1 for i in bucket) for bucket in bucketed(numels, elements(self.bucket_mib))]
+            gradients = max((all_reduce_delays(4 * numel, members) for numel in buckets), default=0)
+            return steps * (all_reduce_delays(COUNT_BYTES, members) + gradients)
+        first, marks = min(self.exact_steps, steps), all_reduce_delays(4 * len(numels), members)
+        reduced = max(marks, int(self.reducer.delays(shapes, members)))
+        return first * max(marks, Mean().delays(shapes, members)) + (steps - first) * reduced
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The buckets: one copy of the gradients, in what they are summed in; or what the reducer needs."""

@@ -23,6 +23,7 @@ from pydantic import model_validator
 from paceline.comm.replica import Replica
 from paceline.config import Count, Fraction, Options, Positive, strategy_name
 from paceline.errors import PlanError
+from paceline.plan.wire import MESSAGE_DELAYS
 from paceline.sync.alone import exchanges
 from paceline.sync.async_replica import BINS, AsyncLocalSync, Kept
 from paceline.sync.base import Shapes, Sync, SyncContext, SyncState
@@ -124,9 +125,9 @@ class AsyncLocalSGD(Options):
         """The pseudo-gradients; steps at which replicas meet before the end are taken to be multiples of ``every``."""
         return self.pushes(members, steps) * 4 * _numel(shapes) if members > 1 else 0
 
-    def delays(self, members: int, steps: int) -> int:
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
         """The answers of servers."""
-        return _ANSWERS * self.pushes(members, steps) if members > 1 else 0
+        return _ANSWERS * MESSAGE_DELAYS * self.pushes(members, steps) if members > 1 else 0
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The parameters a lease began from, what servers keep of each, and what is pushed and pulled, once each."""

@@ -18,7 +18,7 @@ from paceline.errors import PlanError
 from paceline.plan.network import Network
 from paceline.registry import SYNCS
 from paceline.sync import measured
-from paceline.sync.base import Shapes, delays
+from paceline.sync.base import Load, exchange_s
 from paceline.sync.rows import ROWS
 
 LEAST_EXCHANGES = 4
@@ -45,18 +45,6 @@ class Candidate:
         return self.step_s / self.worth
 
 
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What exchanges at one level come to, as far as the strategy does not say it."""
-
-    shapes: Shapes
-    members: int
-    steps: int
-    value_bytes: int
-    """Of a gradient in a sum."""
-    compute_s: float
-
-
 class Auto(Options):
     """Take the strategy and period with which a run gets furthest in a given time on a link."""
 
@@ -73,8 +61,8 @@ class Auto(Options):
     ) -> Sequence[Candidate]:
         """All rows that could be taken, the best first; of equal ones that which stands first in the table.
 
-        Left out are those that say nothing of their time, or were not measured; whose period the run has not often
-        enough; and that begin with a step of the run (``start``), which means nothing in a run of another length.
+        Left out are those that were not measured; whose period the run has not often enough; and that begin with a step
+        of the run (``start``), which means nothing in a run of another length.
         ``allows``: what the rest of the config says of a strategy. ``PlanError`` if nothing is left.
         """
         link = Network.parse(self.link)
@@ -82,12 +70,10 @@ class Auto(Options):
         for name, row in ROWS.items():
             options: Any = choose(SYNCS, row)
             worth = measured.worth(name, measured.read() if runs is None else runs)
-            waits = delays(options, load.members, load.steps)
             too_rare = load.steps < LEAST_EXCHANGES * getattr(options, "every", 1)
-            if worth is None or waits is None or too_rare or hasattr(options, "start") or not allows(options):
+            if worth is None or too_rare or hasattr(options, "start") or not allows(options):
                 continue
-            sent = options.wire_bytes(load.shapes, load.members, load.steps, load.value_bytes)
-            step_s = load.compute_s + link.seconds(sent, waits) / load.steps
+            step_s = load.compute_s + exchange_s(options, link, load) / load.steps
             found.append(Candidate(name=name, options=options, step_s=step_s, worth=worth))
         if not found:
             raise PlanError("sync=auto finds nothing that this config allows. Choose by name, such as sync=all_reduce")

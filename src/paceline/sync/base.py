@@ -7,7 +7,7 @@ counterparts in the other replicas, never the layout that cut them: so every str
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -15,6 +15,7 @@ from paceline.comm.link import Link
 from paceline.comm.replica import Finish, Replica, Shard
 from paceline.errors import TrainError
 from paceline.parallel.full import FullTensors
+from paceline.plan.network import Network
 
 Shapes = Mapping[str, Sequence[int]]
 """Local shapes of the trainable parameters by name."""
@@ -74,6 +75,14 @@ class SyncConfig(Protocol):
         """
         ...
 
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
+        """For how many delays of the link a rank waits in a run, one after the other (``plan.wire``).
+
+        What is on its way while steps are computed does not count (see ``Timed``), nor does what ``wire_bytes`` leaves
+        out.
+        """
+        ...
+
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """Bytes the strategy needs on one rank at most: what it remembers, and what it sends from."""
         ...
@@ -82,20 +91,35 @@ class SyncConfig(Protocol):
         """The strategy at work."""
         ...
 
-    # Beside these a strategy that waits for its exchanges says for how long:
-    #
-    #   def delays(self, members: int, steps: int) -> int
-    #
-    # how often in a run a rank waits, one after the other, for something to arrive from another (``plan.wire``). The
-    # time on a link follows from this and the bytes; without it nothing is said of a strategy's time.
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What exchanges at one level come to, as far as the strategy does not say it."""
+
+    shapes: Shapes
+    members: int
+    steps: int
+    value_bytes: int
+    """Of a gradient in a sum."""
+    compute_s: float
+    """Of a step, without its exchanges."""
 
 
-def delays(options: Any, members: int, steps: int) -> int | None:
-    """What a strategy says of its delays; None if it, or its reducer, says nothing."""
-    if not hasattr(options, "delays") or not hasattr(getattr(options, "reducer", options), "delays"):
-        return None
-    count: int = options.delays(members, steps)
-    return count
+@runtime_checkable
+class Timed(Protocol):
+    """The config of a strategy that takes another time than its bytes and delays one after the other."""
+
+    def exchange_s(self, network: Network, load: Load) -> float:
+        """Seconds that a rank waits for exchanges in a run: less, where steps are computed meanwhile."""
+        ...
+
+
+def exchange_s(options: SyncConfig, network: Network, load: Load) -> float:
+    """Seconds that a rank waits for a strategy's exchanges in a run on a link."""
+    if isinstance(options, Timed):
+        return options.exchange_s(network, load)
+    sent = options.wire_bytes(load.shapes, load.members, load.steps, load.value_bytes)
+    return network.seconds(sent, options.delays(load.shapes, load.members, load.steps))
 
 
 class Stepping(Protocol):

@@ -20,7 +20,13 @@ from pydantic import model_validator
 
 from paceline.config import ChosenFrom, Count, Natural, NonNegative, Options, Positive
 from paceline.data.rounds import Rules
-from paceline.plan.wire import all_gather_bytes, all_reduce_bytes
+from paceline.plan.wire import (
+    all_gather_bytes,
+    all_gather_delays,
+    all_reduce_bytes,
+    all_reduce_delays,
+    broadcast_delays,
+)
 from paceline.registry import AGGREGATES, REDUCERS, SERVERS
 from paceline.sync.aggregates.mean import Mean as MeanOfClients
 from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext
@@ -186,6 +192,18 @@ class Federated(Options):
             variate = sum(4 * math.prod(shape) for shape in shapes.values())
             sums += self.updates * (members - 1) * variate // members
         return steps * (sums + all_reduce_bytes(numbers * COUNT_BYTES, members))
+
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
+        """In every round the numbers, then updates; then variates and moments of one client after the other."""
+        if self.aggregate.is_robust:
+            sums = all_gather_delays(members)
+        elif self.secure is not None:
+            sums = all_reduce_delays(8 * sum(math.prod(shape) for shape in shapes.values()), members)
+        else:
+            sums = self.reducer.delays(shapes, members)
+        numbers = all_reduce_delays((TOLD + 1 + (self.privacy is not None)) * COUNT_BYTES, members)
+        copies = self.updates * (self.scaffold + 3 * (self.moments == "keep"))
+        return steps * (numbers + sums + copies * broadcast_delays(members))
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """Weights of the round, updates, the server's memory; variates and moments of each client come on top."""

@@ -26,7 +26,7 @@ from paceline.comm.link import Pending
 from paceline.comm.replica import Replica, Shard
 from paceline.config import Count, Fraction, NonNegative, Options, Positive
 from paceline.models.chance import stream_seed
-from paceline.plan.wire import all_reduce_bytes
+from paceline.plan.wire import MESSAGE_DELAYS, all_reduce_bytes
 from paceline.sync.alone import Alone, exchanges, share_of, wide
 from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState
 from paceline.sync.buckets import bucketed, elements
@@ -74,6 +74,12 @@ class Gossip(Options):
         once = COUNT_BYTES + 2 * sum(4 * math.prod(shape) for shape in shapes.values())
         stops = (rounds - 1) * all_reduce_bytes(COUNT_BYTES, members)
         return rounds * once * (members - members % 2) // members + stops + self.mean.wire_bytes(shapes, members)
+
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
+        """In each round the targets, then phi and Delta, in one bucket; the mean of all at the end."""
+        if members == 1 or steps == 0:
+            return 0
+        return 2 * MESSAGE_DELAYS * exchanges(self.every, steps) + self.mean.delays(shapes, members)
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """phi, delta if there is any, and a bucket in both directions or, at the end, those of the mean."""

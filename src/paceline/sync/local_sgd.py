@@ -27,9 +27,9 @@ class LocalSGD(Options):
         """The parameters, once every so many steps."""
         return periodic_wire_bytes(self.reducer, self.every, shapes, members, steps)
 
-    def delays(self, members: int, steps: int) -> int:
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
         """Those of the exchanges."""
-        return periodic_delays(self.reducer, self.every, members, steps)
+        return periodic_delays(self.reducer, self.every, shapes, members, steps)
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The reducer's; and the parameters agreed on, for one that sends differences from them."""

@@ -62,12 +62,10 @@ class ClientMoments:
                 name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
                 for name, (shape, dtype, device) in json.loads(bytes(header.tolist())).items()
             }
-        for name, tensor in own.items():
-            sent = tensor.to(self._device).contiguous().view(-1)
-            if len(sent):
-                self._link.broadcast(sent, root).wait()
-            own[name] = sent.view(tensor.shape).to(tensor.device)
-        return own
+        sent = {name: tensor.to(self._device).contiguous().view(-1) for name, tensor in own.items()}
+        for pending in [self._link.broadcast(values, root) for values in sent.values() if len(values)]:
+            pending.wait()
+        return {name: sent[name].view(tensor.shape).to(tensor.device) for name, tensor in own.items()}
 
 
 def _described(moments: Mapping[str, Tensor]) -> dict[str, tuple[list[int], str, str]]:

@@ -13,10 +13,14 @@ from pydantic import model_validator
 
 from paceline.config import Count, Fraction, Natural, Options, Positive, strategy_name
 from paceline.errors import PlanError
-from paceline.plan.wire import all_reduce_bytes
-from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext
+from paceline.plan.network import Network
+from paceline.plan.wire import MESSAGE_DELAYS, all_reduce_bytes, all_reduce_delays
+from paceline.sync.base import COUNT_BYTES, Load, Shapes, SyncContext
 from paceline.sync.server.channel import ROW_BYTES
 from paceline.sync.server.worker import ParameterServerSync
+
+_ANSWERS = 4
+"""For which a worker waits in a step: of stage, commit, turn and pull."""
 
 
 class ParameterServer(Options):
@@ -147,6 +151,23 @@ class ParameterServer(Options):
         rows = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=0) * self.sparse
         tells = self.is_lock_step and not self.is_elastic
         return steps * (gradients + 2 * ROW_BYTES * rows + told * tells)
+
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
+        """In every step the answers of servers and, in lock step, the sums. What is saved comes on top."""
+        if members == 1:
+            return 0
+        told = all_reduce_delays(3 * COUNT_BYTES, members) + all_reduce_delays(COUNT_BYTES, members)
+        return steps * (_ANSWERS * MESSAGE_DELAYS + told * (self.is_lock_step and not self.is_elastic))
+
+    def exchange_s(self, network: Network, load: Load) -> float:
+        """See ``Timed``: servers stand beside one replica, over whose link others' gradients come and weights go.
+
+        In lock step one after the other, else at the same time.
+        """
+        values = load.value_bytes * sum(math.prod(shape) for shape in load.shapes.values())
+        others = load.members - 1
+        passing = 2 * others if self.is_lock_step else max(2 * (others > 0), others)
+        return network.seconds(load.steps * passing * values, self.delays(load.shapes, load.members, load.steps))
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """What is pushed and what is pulled, once each."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from paceline.comm.replica import Replica, Shard
 from paceline.config import Count, NonNegative, Options, Positive
-from paceline.plan.wire import all_reduce_bytes
+from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.sync.alone import Alone, exchanges, share_of, wide
 from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState
 from paceline.sync.reducers.mean import Mean
@@ -52,6 +52,12 @@ class Partial(Options):
         """At most: at each look all tensors, a vote and the targets of each, and a request to stop."""
         numbers = all_reduce_bytes(COUNT_BYTES, members) + all_reduce_bytes(2 * COUNT_BYTES * len(shapes), members)
         return exchanges(self.every, steps) * (self.mean.wire_bytes(shapes, members) + numbers)
+
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
+        """At most: at each look a request to stop, the votes, then the tensors."""
+        stop = all_reduce_delays(COUNT_BYTES, members)
+        votes = all_reduce_delays(2 * COUNT_BYTES * len(shapes), members)
+        return exchanges(self.every, steps) * (stop + votes + self.mean.delays(shapes, members))
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The parameters as they were sent and times their shares, buckets to send from, and three numbers a tensor."""

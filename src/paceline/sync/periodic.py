@@ -16,7 +16,7 @@ parameters of 16 bits were rounded to.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,10 +49,10 @@ def periodic_wire_bytes(reducer: ReducerConfig, every: int, shapes: Shapes, memb
     return exchanges(every, steps) * once
 
 
-def periodic_delays(reducer: Any, every: int, members: int, steps: int) -> int:
+def periodic_delays(reducer: ReducerConfig, every: int, shapes: Shapes, members: int, steps: int) -> int:
     """At each exchange the two numbers, then the sums."""
-    delays: int = exchanges(every, steps) * (all_reduce_delays(members) + reducer.delays(members))
-    return delays
+    numbers = all_reduce_delays(2 * COUNT_BYTES, members)
+    return exchanges(every, steps) * (numbers + reducer.delays(shapes, members))
 
 
 def periodic_state_bytes(reducer: ReducerConfig, shapes: Shapes, *, copies: int) -> int:

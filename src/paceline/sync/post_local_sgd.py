@@ -37,11 +37,11 @@ class PostLocalSGD(Options):
         after = periodic_wire_bytes(self.reducer, self.every, shapes, members, steps - first)
         return self._all_reduce.wire_bytes(shapes, members, first, value_bytes) + after
 
-    def delays(self, members: int, steps: int) -> int:
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
         """All-reduce's in the first steps, local SGD's in the others."""
         first = min(self.start, steps)
-        after = periodic_delays(self.reducer, self.every, members, steps - first)
-        return self._all_reduce.delays(members, first) + after
+        after = periodic_delays(self.reducer, self.every, shapes, members, steps - first)
+        return self._all_reduce.delays(shapes, members, first) + after
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """Of both."""

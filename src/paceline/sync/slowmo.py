@@ -40,9 +40,9 @@ class SlowMo(Options):
         """As local SGD's."""
         return periodic_wire_bytes(self.reducer, self.every, shapes, members, steps)
 
-    def delays(self, members: int, steps: int) -> int:
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
         """Those of the exchanges."""
-        return periodic_delays(self.reducer, self.every, members, steps)
+        return periodic_delays(self.reducer, self.every, shapes, members, steps)
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The parameters agreed on, their momentum, and the reducer's."""

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from paceline.comm.replica import Finish, Replica, Shard
 from paceline.config import ChosenFrom, Count, Fraction, Natural, Options, Positive
-from paceline.plan.wire import all_reduce_bytes
+from paceline.plan.network import Network
+from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.registry import REDUCERS
 from paceline.sync.alone import Alone, share_of, wide
-from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState
+from paceline.sync.base import COUNT_BYTES, Load, Shapes, SyncContext, SyncState
 from paceline.sync.diloco import OuterOptions, OuterSGD
 from paceline.sync.reducers.base import Wait
 from paceline.sync.reducers.mean import Mean
@@ -75,12 +76,49 @@ class StreamingDiLoCo(Options):
         """Each fragment when it is its turn, with two numbers; at the end all, and the targets of each."""
         if steps == 0:
             return 0
-        parts = [{name: shapes[name] for name in names} for names in dealt(shapes, self.fragments)]
-        values: list[int] = [self.reducer.wire_bytes(part, members) for part in parts]
+        values = self._values(shapes, members)
         told = all_reduce_bytes(2 * COUNT_BYTES, members)
         end = sum(values) + all_reduce_bytes((1 + self.fragments) * COUNT_BYTES, members)
-        turns = [len(range(self.turn(p), steps, self.every)) for p in range(self.fragments)]
-        return end + sum(n * (sent + told) for n, sent in zip(turns, values, strict=True))
+        return end + sum(len(self.turns(p, steps)) * (sent + told) for p, sent in enumerate(values))
+
+    def delays(self, shapes: Shapes, members: int, steps: int) -> int:
+        """At the end; and in each turn, if nothing can be computed meanwhile."""
+        if steps == 0:
+            return 0
+        parts = [] if self.delay > 0 and self.reducer.overlaps else self._parts(shapes)
+        turns = sum(len(self.turns(p, steps)) * self._turn_delays(part, members) for p, part in enumerate(parts))
+        return turns + self._end_delays(shapes, members)
+
+    def exchange_s(self, network: Network, load: Load) -> float:
+        """See ``Timed``: a fragment is on its way while ``delay`` steps are computed, or those up to the next one."""
+        steps, members = load.steps, load.members
+        told = all_reduce_bytes(2 * COUNT_BYTES, members)
+        beside = min(self.delay, self.every // self.fragments) if self.reducer.overlaps else 0
+        waited_s = 0.0
+        for p, part in enumerate(self._parts(load.shapes)):
+            once_s = network.seconds(self.reducer.wire_bytes(part, members) + told, self._turn_delays(part, members))
+            waited_s += sum(max(0.0, once_s - min(beside, steps - t) * load.compute_s) for t in self.turns(p, steps))
+        end = sum(self._values(load.shapes, members)) + all_reduce_bytes((1 + self.fragments) * COUNT_BYTES, members)
+        return waited_s + network.seconds(end, self._end_delays(load.shapes, members))
+
+    def _parts(self, shapes: Shapes) -> list[Shapes]:
+        """Of each fragment."""
+        return [{name: shapes[name] for name in names} for names in dealt(shapes, self.fragments)]
+
+    def _values(self, shapes: Shapes, members: int) -> list[int]:
+        """Bytes of each fragment."""
+        return [self.reducer.wire_bytes(part, members) for part in self._parts(shapes)]
+
+    def _turn_delays(self, part: Shapes, members: int) -> int:
+        """Of one fragment: with a delay two numbers go beside it, else before."""
+        numbers, sums = all_reduce_delays(2 * COUNT_BYTES, members), int(self.reducer.delays(part, members))
+        return max(numbers, sums) if self.delay > 0 else numbers + sums
+
+    def _end_delays(self, shapes: Shapes, members: int) -> int:
+        """Targets of all fragments, then these: at once, if their reducer lets them be."""
+        each = [int(self.reducer.delays(part, members)) for part in self._parts(shapes)]
+        numbers = all_reduce_delays((1 + self.fragments) * COUNT_BYTES, members)
+        return numbers + (max(each) if self.reducer.overlaps else sum(each))
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The parameters agreed on, the outer momentum if there is any, the reducer's, and two numbers a fragment."""
@@ -93,6 +131,10 @@ class StreamingDiLoCo(Options):
     def turn(self, fragment: int) -> int:
         """The step in which a fragment is first sent."""
         return self.every * (fragment + 1) // self.fragments
+
+    def turns(self, fragment: int, steps: int) -> range:
+        """All steps in which it is sent, but for the last of the run."""
+        return range(self.turn(fragment), steps, self.every)
 
     def build(self, context: SyncContext) -> "StreamingSync":
         """The strategy at work."""

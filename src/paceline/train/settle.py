@@ -11,7 +11,8 @@ from paceline.errors import PlanError
 from paceline.models.describe import describe
 from paceline.plan.run import plan_run
 from paceline.registry import SYNCS
-from paceline.sync.auto import Auto, Load, words
+from paceline.sync.auto import Auto, words
+from paceline.sync.base import Load
 from paceline.train.assemble import model_sizes, resolve_model, wanted_vocabulary
 
 ASSUMED_FLOPS_PER_S = 1e11

@@ -149,15 +149,20 @@ class Collected:
         """See ``Aggregation``."""
         n, replicas = len(visits), self._link.size
         each = -(-n // replicas)
-        together = {}
+        started = []
         for name, like in self._like.items():
             own = like.new_zeros(each, *like.shape)
             for place, update in enumerate(self._own):
                 own[place] = update.pop(name)
             everyone = like.new_empty(replicas, each, *like.shape)
-            if own.numel():  # ranks that share a small tensor may hold nothing of it
-                self._link.all_gather(everyone, own).wait()
-            together[name] = everyone.transpose(0, 1).reshape(replicas * each, *like.shape)[:n]
+            # Ranks that share a small tensor may hold nothing of it.
+            pending = self._link.all_gather(everyone, own) if own.numel() else None
+            started.append((name, everyone, own, pending))
+        together = {}
+        for name, everyone, _, pending in started:
+            if pending is not None:
+                pending.wait()
+            together[name] = everyone.transpose(0, 1).reshape(replicas * each, *everyone.shape[2:])[:n]
         self._own = []
         return self._rule.combine(Updates(together, self._replica))
 

@@ -25,6 +25,7 @@ from paceline.comm.replica import Shard
 from paceline.config import Options
 from paceline.models.chance import drawn
 from paceline.parallel.dealt import Run, blocks_of
+from paceline.plan.wire import all_gather_delays, all_to_all_delays
 from paceline.sync.base import Shapes, SyncContext
 from paceline.sync.reducers.blocks import BlockReducer
 
@@ -62,6 +63,7 @@ class CodedOptions(Options):
     """Keep what the encoding leaves out and send it the next time."""
 
     is_exact: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
     code: ClassVar[Code]
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
@@ -69,6 +71,10 @@ class CodedOptions(Options):
         if members == 2:
             return sum(blocks_of(shape, BLOCK) for shape in shapes.values()) * self.code.row_bytes(4)
         return 2 * (members - 1) * most_owned(shapes, members) * self.code.row_bytes(4)
+
+    def delays(self, shapes: Shapes, members: int) -> int:
+        """Codes to their owners, then sums to all; of two members codes to the other."""
+        return all_to_all_delays(members) * (members > 2) + all_gather_delays(members)
 
     def state_bytes(self, shapes: Shapes) -> int:
         """The residual, that of before until the sum is used, and three copies and the codes while it is made."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from paceline.config import Count, Options, Share
-from paceline.plan.wire import all_gather_bytes
+from paceline.plan.wire import all_gather_bytes, all_gather_delays
 from paceline.sync.base import Shapes, SyncContext
 from paceline.sync.reducers.packing import as_bytes, from_bytes, packed_12, unpacked_12
 from paceline.sync.reducers.topk import greatest, row_bytes
@@ -39,11 +39,16 @@ class DctTopK(Options):
     """Keep what is not sent and add it the next time."""
 
     is_exact: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
     source: ClassVar[str] = "Peng et al. 2024 (DeMo), arXiv 2411.19870"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
         """Coefficients and places of one member to all others."""
         return all_gather_bytes(_sent_bytes(shapes, self.number), members)
+
+    def delays(self, shapes: Shapes, members: int) -> int:
+        """Of one gathering."""
+        return all_gather_delays(members)
 
     def state_bytes(self, shapes: Shapes) -> int:
         """The residual, that of before until the sum is used; what is sent, and six copies while it is made."""

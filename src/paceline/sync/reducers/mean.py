@@ -24,6 +24,7 @@ class Mean(Options):
     """Tensors are sent in buckets of about this size: several are under way at once, and fill each other's pauses."""
 
     is_exact: ClassVar[bool] = True
+    overlaps: ClassVar[bool] = True
     source: ClassVar[str] = "no encoding"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
@@ -32,9 +33,11 @@ class Mean(Options):
         buckets = bucketed(numels, elements(self.bucket_mib))
         return sum(all_reduce_bytes(4 * sum(numels[i] for i in bucket), members) for bucket in buckets)
 
-    def delays(self, members: int) -> int:
-        """One ring, for all buckets are on their way together."""
-        return all_reduce_delays(members)
+    def delays(self, shapes: Shapes, members: int) -> int:
+        """Of the slowest bucket, for all are on their way together."""
+        numels = [math.prod(shape) for shape in shapes.values()]
+        buckets = bucketed(numels, elements(self.bucket_mib))
+        return max((all_reduce_delays(4 * sum(numels[i] for i in bucket), members) for bucket in buckets), default=0)
 
     def state_bytes(self, shapes: Shapes) -> int:
         """A copy to send from, while it is sent."""

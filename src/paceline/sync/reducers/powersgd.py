@@ -21,7 +21,7 @@ from torch import Tensor
 from paceline.comm.replica import Shard
 from paceline.config import Count, Options
 from paceline.models.chance import stream_seed
-from paceline.plan.wire import all_reduce_bytes
+from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.sync.base import Shapes, SyncContext, SyncState
 from paceline.sync.reducers.whole import Arrive, WholeReducer, as_matrix
 
@@ -37,10 +37,19 @@ class PowerSGD(Options):
     """Keep what the factors leave out and send it the next time."""
 
     is_exact: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
     source: ClassVar[str] = "Vogels et al. 2019, arXiv 1905.13727"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
-        """The left factors and what has none, then the right factors, each once round a ring."""
+        """The left factors and what has none, then the right factors, each a sum."""
+        return sum(all_reduce_bytes(n_bytes, members) for n_bytes in self._sums(shapes))
+
+    def delays(self, shapes: Shapes, members: int) -> int:
+        """Of the two sums, one after the other."""
+        return sum(all_reduce_delays(n_bytes, members) for n_bytes in self._sums(shapes))
+
+    def _sums(self, shapes: Shapes) -> tuple[int, int]:
+        """Bytes of both."""
         first = second = 0
         for shape in shapes.values():
             if has_factors(shape, self.rank):
@@ -48,7 +57,7 @@ class PowerSGD(Options):
                 first, second = first + self.rank * rows, second + self.rank * columns
             else:
                 first += math.prod(shape)
-        return all_reduce_bytes(4 * first, members) + all_reduce_bytes(4 * second, members)
+        return 4 * first, 4 * second
 
     def state_bytes(self, shapes: Shapes) -> int:
         """The residual and the factors, those of before until the sum is used; and three copies while it is made."""

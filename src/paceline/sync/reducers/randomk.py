@@ -15,7 +15,7 @@ from torch import Tensor
 from paceline.config import Options, Share
 from paceline.models.chance import drawn
 from paceline.parallel.dealt import blocks_of
-from paceline.plan.wire import all_reduce_bytes
+from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.sync.base import Shapes, SyncContext
 from paceline.sync.reducers.blocks import BlockReducer
 from paceline.sync.reducers.topk import BLOCK, taken
@@ -30,12 +30,18 @@ class RandomK(Options):
     """Keep what is not sent and add it the next time; without it what is sent is made larger instead."""
 
     is_exact: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
     source: ClassVar[str] = "Stich et al. 2018, arXiv 1809.07599"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
         """The values once round a ring."""
         blocks = sum(blocks_of(shape, BLOCK) for shape in shapes.values())
         return all_reduce_bytes(4 * blocks * taken(self.share), members)
+
+    def delays(self, shapes: Shapes, members: int) -> int:
+        """Of one sum."""
+        blocks = sum(blocks_of(shape, BLOCK) for shape in shapes.values())
+        return all_reduce_delays(4 * blocks * taken(self.share), members)
 
     def state_bytes(self, shapes: Shapes) -> int:
         """The residual, that of before until the sum is used, and what is needed while it is made: 20 bytes a value."""

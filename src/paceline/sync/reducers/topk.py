@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paceline.config import Options, Share
 from paceline.parallel.dealt import blocks_of
-from paceline.plan.wire import all_gather_bytes
+from paceline.plan.wire import all_gather_bytes, all_gather_delays
 from paceline.sync.base import Shapes, SyncContext
 from paceline.sync.reducers.blocks import BlockReducer
 from paceline.sync.reducers.packing import as_bytes, from_bytes, packed_12, unpacked_12
@@ -34,11 +34,16 @@ class TopK(Options):
     """Keep what is not sent and add it the next time."""
 
     is_exact: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
     source: ClassVar[str] = "Aji and Heafield 2017, arXiv 1704.05021; Stich et al. 2018, arXiv 1809.07599"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
         """Values and places of one member to all others."""
         return all_gather_bytes(_blocks(shapes) * row_bytes(taken(self.share), 4), members)
+
+    def delays(self, shapes: Shapes, members: int) -> int:
+        """Of one gathering."""
+        return all_gather_delays(members)
 
     def state_bytes(self, shapes: Shapes) -> int:
         """The residual, that of before until the sum is used, and what is needed while it is made: 20 bytes a value."""
