@@ -82,22 +82,27 @@ class StreamingDiLoCo(Options):
         return end + sum(len(self.turns(p, steps)) * (sent + told) for p, sent in enumerate(values))
 
     def delays(self, shapes: Shapes, members: int, steps: int) -> int:
-        """At the end; and in each turn, if nothing can be computed meanwhile."""
+        """At the end; and in each turn, of what does not go on while steps are computed."""
         if steps == 0:
             return 0
-        parts = [] if self.delay > 0 and self.reducer.overlaps else self._parts(shapes)
-        turns = sum(len(self.turns(p, steps)) * self._turn_delays(part, members) for p, part in enumerate(parts))
+        turns = 0
+        for p, part in enumerate(self._parts(shapes)):
+            once = self.reducer.late_delays(part, members) if self.delay > 0 else self._turn_delays(part, members)
+            turns += len(self.turns(p, steps)) * once
         return turns + self._end_delays(shapes, members)
 
     def exchange_s(self, network: Network, load: Load) -> float:
         """See ``Timed``: a fragment is on its way while ``delay`` steps are computed, or those up to the next one."""
         steps, members = load.steps, load.members
         told = all_reduce_bytes(2 * COUNT_BYTES, members)
-        beside = min(self.delay, self.every // self.fragments) if self.reducer.overlaps else 0
+        beside = min(self.delay, self.every // self.fragments)
         waited_s = 0.0
         for p, part in enumerate(self._parts(load.shapes)):
-            once_s = network.seconds(self.reducer.wire_bytes(part, members) + told, self._turn_delays(part, members))
-            waited_s += sum(max(0.0, once_s - min(beside, steps - t) * load.compute_s) for t in self.turns(p, steps))
+            late = self.reducer.late_delays(part, members)
+            sent = self.reducer.wire_bytes(part, members) + told
+            once_s = network.seconds(sent, self._turn_delays(part, members) - late)
+            for turn in self.turns(p, steps):
+                waited_s += max(0.0, once_s - min(beside, steps - turn) * load.compute_s) + network.seconds(0, late)
         end = sum(self._values(load.shapes, members)) + all_reduce_bytes((1 + self.fragments) * COUNT_BYTES, members)
         return waited_s + network.seconds(end, self._end_delays(load.shapes, members))
 
@@ -115,10 +120,11 @@ class StreamingDiLoCo(Options):
         return max(numbers, sums) if self.delay > 0 else numbers + sums
 
     def _end_delays(self, shapes: Shapes, members: int) -> int:
-        """Targets of all fragments, then these: at once, if their reducer lets them be."""
-        each = [int(self.reducer.delays(part, members)) for part in self._parts(shapes)]
-        numbers = all_reduce_delays((1 + self.fragments) * COUNT_BYTES, members)
-        return numbers + (max(each) if self.reducer.overlaps else sum(each))
+        """Targets of all fragments, then these at once, but for what begins when each is waited for."""
+        parts = self._parts(shapes)
+        late = [int(self.reducer.late_delays(part, members)) for part in parts]
+        first = [int(self.reducer.delays(part, members)) - after for part, after in zip(parts, late, strict=True)]
+        return all_reduce_delays((1 + self.fragments) * COUNT_BYTES, members) + max(first) + sum(late)
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The parameters agreed on, the outer momentum if there is any, the reducer's, and two numbers a fragment."""

@@ -21,8 +21,6 @@ class ReducerConfig(Protocol):
 
     is_exact: ClassVar[bool]
     """Whether sums are what was put in, but for rounding; if not, only small differences should be put in."""
-    overlaps: ClassVar[bool]
-    """Whether a sum can be on its way while something else is computed: the reducer is ``Overlapping``."""
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
         """Payload bytes one rank sends for one sum of fp32 tensors."""
@@ -30,6 +28,10 @@ class ReducerConfig(Protocol):
 
     def delays(self, shapes: Shapes, members: int) -> int:
         """For how many delays a rank waits in one sum, as in ``SyncConfig.delays``."""
+        ...
+
+    def late_delays(self, shapes: Shapes, members: int) -> int:
+        """For how many of them when a sum is waited for that has long been on its way: of exchanges that begin then."""
         ...
 
     def state_bytes(self, shapes: Shapes) -> int:

@@ -63,7 +63,6 @@ class CodedOptions(Options):
     """Keep what the encoding leaves out and send it the next time."""
 
     is_exact: ClassVar[bool] = False
-    overlaps: ClassVar[bool] = False
     code: ClassVar[Code]
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
@@ -75,6 +74,10 @@ class CodedOptions(Options):
     def delays(self, shapes: Shapes, members: int) -> int:
         """Codes to their owners, then sums to all; of two members codes to the other."""
         return all_to_all_delays(members) * (members > 2) + all_gather_delays(members)
+
+    def late_delays(self, shapes: Shapes, members: int) -> int:
+        """Of the sums of more than two members."""
+        return all_gather_delays(members) * (members > 2)
 
     def state_bytes(self, shapes: Shapes) -> int:
         """The residual, that of before until the sum is used, and three copies and the codes while it is made."""

@@ -39,7 +39,6 @@ class DctTopK(Options):
     """Keep what is not sent and add it the next time."""
 
     is_exact: ClassVar[bool] = False
-    overlaps: ClassVar[bool] = False
     source: ClassVar[str] = "Peng et al. 2024 (DeMo), arXiv 2411.19870"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
@@ -49,6 +48,10 @@ class DctTopK(Options):
     def delays(self, shapes: Shapes, members: int) -> int:
         """Of one gathering."""
         return all_gather_delays(members)
+
+    def late_delays(self, shapes: Shapes, members: int) -> int:
+        """None: it is one exchange."""
+        return 0
 
     def state_bytes(self, shapes: Shapes) -> int:
         """The residual, that of before until the sum is used; what is sent, and six copies while it is made."""

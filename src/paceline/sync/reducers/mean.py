@@ -24,7 +24,6 @@ class Mean(Options):
     """Tensors are sent in buckets of about this size: several are under way at once, and fill each other's pauses."""
 
     is_exact: ClassVar[bool] = True
-    overlaps: ClassVar[bool] = True
     source: ClassVar[str] = "no encoding"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
@@ -38,6 +37,10 @@ class Mean(Options):
         numels = [math.prod(shape) for shape in shapes.values()]
         buckets = bucketed(numels, elements(self.bucket_mib))
         return max((all_reduce_delays(4 * sum(numels[i] for i in bucket), members) for bucket in buckets), default=0)
+
+    def late_delays(self, shapes: Shapes, members: int) -> int:
+        """None: it is one exchange."""
+        return 0
 
     def state_bytes(self, shapes: Shapes) -> int:
         """A copy to send from, while it is sent."""

@@ -37,7 +37,6 @@ class PowerSGD(Options):
     """Keep what the factors leave out and send it the next time."""
 
     is_exact: ClassVar[bool] = False
-    overlaps: ClassVar[bool] = False
     source: ClassVar[str] = "Vogels et al. 2019, arXiv 1905.13727"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
@@ -47,6 +46,10 @@ class PowerSGD(Options):
     def delays(self, shapes: Shapes, members: int) -> int:
         """Of the two sums, one after the other."""
         return sum(all_reduce_delays(n_bytes, members) for n_bytes in self._sums(shapes))
+
+    def late_delays(self, shapes: Shapes, members: int) -> int:
+        """Of the second sum."""
+        return all_reduce_delays(self._sums(shapes)[1], members)
 
     def _sums(self, shapes: Shapes) -> tuple[int, int]:
         """Bytes of both."""

@@ -30,7 +30,6 @@ class RandomK(Options):
     """Keep what is not sent and add it the next time; without it what is sent is made larger instead."""
 
     is_exact: ClassVar[bool] = False
-    overlaps: ClassVar[bool] = False
     source: ClassVar[str] = "Stich et al. 2018, arXiv 1809.07599"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
@@ -42,6 +41,10 @@ class RandomK(Options):
         """Of one sum."""
         blocks = sum(blocks_of(shape, BLOCK) for shape in shapes.values())
         return all_reduce_delays(4 * blocks * taken(self.share), members)
+
+    def late_delays(self, shapes: Shapes, members: int) -> int:
+        """None: it is one exchange."""
+        return 0
 
     def state_bytes(self, shapes: Shapes) -> int:
         """The residual, that of before until the sum is used, and what is needed while it is made: 20 bytes a value."""

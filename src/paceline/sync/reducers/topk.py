@@ -34,7 +34,6 @@ class TopK(Options):
     """Keep what is not sent and add it the next time."""
 
     is_exact: ClassVar[bool] = False
-    overlaps: ClassVar[bool] = False
     source: ClassVar[str] = "Aji and Heafield 2017, arXiv 1704.05021; Stich et al. 2018, arXiv 1809.07599"
 
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
@@ -44,6 +43,10 @@ class TopK(Options):
     def delays(self, shapes: Shapes, members: int) -> int:
         """Of one gathering."""
         return all_gather_delays(members)
+
+    def late_delays(self, shapes: Shapes, members: int) -> int:
+        """None: it is one exchange."""
+        return 0
 
     def state_bytes(self, shapes: Shapes) -> int:
         """The residual, that of before until the sum is used, and what is needed while it is made: 20 bytes a value."""
