@@ -54,13 +54,13 @@ MODEL: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 SYNCS: tuple[Any, ...] = (
-    "all_reduce",
-    {"name": "diloco", "every": 8},
-    {"name": "gossip", "every": 8},
-    {"name": "parameter_server", "mode": "stale", "staleness": 4},
-    {"name": "parameter_server", "mode": "async"},
-    {"name": "async_local_sgd", "every": 4, "dynamic_steps": False},
     {"name": "async_local_sgd", "every": 8, "least": 1},
+    {"name": "async_local_sgd", "every": 4, "dynamic_steps": False},
+    {"name": "parameter_server", "mode": "async"},
+    {"name": "parameter_server", "mode": "stale", "staleness": 4},
+    {"name": "gossip", "every": 8},
+    {"name": "diloco", "every": 8},
+    "all_reduce",
 )
 ONE_IN = 8
 """Steps, of which one is slow with ``--at-times``."""

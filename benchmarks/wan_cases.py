@@ -9,7 +9,7 @@ from emulator import Weather
 from paceline.config import Config, strategy_name
 from paceline.models.describe import describe
 from paceline.plan.network import Network
-from paceline.sync.base import Load, exchange_s
+from paceline.sync.base import Load, step_s
 from paceline.train.assemble import resolve_model
 from paceline.train.settle import settle
 
@@ -70,15 +70,15 @@ def formulas(run: Config, given: Conditions, compute_s: float) -> tuple[float, f
     shapes = {info.name: info.shape for info in describe(source.meta()) if info.trainable}
     slower = min(given.link, given.back, key=lambda side: side.bits_per_s)
     link = Network(slower.bits_per_s, (given.link.delay_s + given.back.delay_s) / 2)
-    sent = waited_s = 0.0
+    counted = given.steps - given.warmup
+    sent, more_s = 0.0, 0.0
     for sync, size in zip(run.syncs, run.group_sizes, strict=True):
         # What a run of so many steps has more than one of the warm-up; both end with an exchange.
         for steps, sign in ((given.steps + 1, 1), (given.warmup + 1, -1)):
             load = Load(shapes=shapes, members=size, steps=steps, value_bytes=4, compute_s=compute_s)
             sent += sign * sync.wire_bytes(shapes, size, steps)
-            waited_s += sign * exchange_s(sync, link, load)
-    counted = given.steps - given.warmup
-    return sent / counted, compute_s + waited_s / counted
+            more_s += sign * steps * (step_s(sync, link, load) - compute_s)
+    return sent / counted, compute_s + more_s / counted
 
 
 def name_of(run: Config) -> str:

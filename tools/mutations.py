@@ -540,15 +540,15 @@ MUTATIONS = (
     Mutation(
         "ranks are dealt overlapping rows",
         "data/loader.py",
-        "slot = self._rank + plan.data_parallel * place",
-        "slot = 0 * self._rank + plan.data_parallel * place",
+        "slot = place.rank + plan.data_parallel * row",
+        "slot = 0 * place.rank + plan.data_parallel * row",
         "replicas=2",
     ),
     Mutation(
         "the rate follows micro-batches, not steps",
         "train/trainer.py",
-        "factor = rate.factor(step, self.sequences_seen)",
-        "factor = rate.factor(step * len(batches), self.sequences_seen)",
+        "factor = rate.factor(step, seen)",
+        "factor = rate.factor(step * parts.batches.at(step).micro_batches, seen)",
         "accumulate=3",
     ),
     Mutation(
@@ -561,8 +561,8 @@ MUTATIONS = (
     Mutation(
         "a resumed run begins the schedule of the rate again",
         "train/trainer.py",
-        "factor = rate.factor(step, self.sequences_seen)",
-        'self.since = getattr(self, "since", 0) + 1\n        factor = rate.factor(self.since, self.sequences_seen)',
+        "factor = rate.factor(step, seen)",
+        'self.since = getattr(self, "since", 0) + 1\n        factor = rate.factor(self.since, seen)',
         "shard=2",
     ),
     Mutation(

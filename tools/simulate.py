@@ -384,7 +384,9 @@ class Simulation:
             self._workers[who] = _Asker()
 
     def _give_up(self) -> None:
-        """Take a worker for dead that is not."""
+        """Take a worker for dead that is not; of those that take leases none is, for they have no ``lease_s``."""
+        if self.case.rules.local is not None:
+            return
         here = [w for w, asker in self._workers.items() if asker.program and w not in self._finished]
         if here and not self._supervisor.waiting and self._fault("given up", worker := self._pick(here)):
             self._ask(("supervisor", 0), [(COORDINATOR, m.Leave(worker, self._lives[worker]))])

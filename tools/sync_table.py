@@ -35,7 +35,7 @@ from paceline.recipes.seeds import spread
 from paceline.recipes.train import parameter_servers, places
 from paceline.registry import SYNCS
 from paceline.sync.auto import Auto
-from paceline.sync.base import Load, exchange_s
+from paceline.sync.base import Load, step_s
 from paceline.sync.measured import BASELINE, PATH, YARDSTICKS, worth
 from paceline.sync.rows import ROWS
 from paceline.train.assemble import assemble, resolve_model
@@ -131,8 +131,9 @@ DELTAS_HEAD = f"""
 ## Fewer bits for what replicas moved by
 
 Held-out loss with 8 or 4 bits minus that with 32, in nats, over pairs of the same seed: mean, and its 95 % interval by
-Student's t. The rate is {DELTA_RATE:g} here, and all else as above: at {SETTING["optimizer"]["lr"]:g} two runs that
-differ in a last bit end some hundredths apart. `python tools/sync_table.py --deltas` measures these rows alone.
+Student's t. The rate is {DELTA_RATE:g} here, and all else as above: at {SETTING["optimizer"]["lr"]:g} chance is larger
+than what is looked for. `python tools/sync_table.py --deltas` measures these rows alone, until each has
+{len(DELTA_SEEDS)} seeds.
 
 """
 TAIL = """\
@@ -141,9 +142,11 @@ TAIL = """\
 
 - One small model at the start of its training, which is where replicas that learn alone lose most: in the DiLoCo paper
   they lose nothing over tens of thousands of steps. With more replicas or a longer period they lose more.
-- Options were not tuned: not the rate, nor the outer rate and momentum.
-- Times leave out what a strategy computes itself, and what processes wait for each other. `partial` sends less than the
-  most, which is what its time is of.
+- Options were not tuned: not the rate, nor the outer rate and momentum. The rate suits all-reduce; `diloco 100` gets
+  further at a sixth of it ([log](../log.md)).
+- Rows with one seed or two are not to be told apart: two runs that differ in a last bit end some hundredths apart.
+- Times leave out what processes wait for each other, and of what a strategy computes itself all but what reducers take
+  on one core (`benchmarks/reducers.py`). That of `partial` is of the most that it can send.
 - The time of bytes and that of delays are added up. Where several large sums are under way together they overlap in
   part, and it is less.
 """
@@ -359,16 +362,21 @@ def _times(shapes: Mapping[str, Sequence[int]], compute_ms: float, runs: Mapping
         options, load = _load(name, shapes, compute_ms)
         cells = [f"`{name}`", f"{share:.0%}"]
         for link in LINKS:
-            step_ms = compute_ms + 1e3 * exchange_s(options, Network.parse(link), load) / STEPS
+            step_ms = 1e3 * step_s(options, Network.parse(link), load) * load.steps / _steps(name)
             text = f"{step_ms:,.1f} / {step_ms / share:,.1f}"
             cells.append(f"**{text}**" if chosen[link] == name else text)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
+def _steps(name: str) -> int:
+    """Of a run; of rounds the local ones of a client."""
+    return round(STEPS * YARDSTICKS.get(name, 1.0))
+
+
 def _load(name: str, shapes: Mapping[str, Sequence[int]], compute_ms: float) -> tuple[Any, Load]:
     """A row's options, and what a run of it is on a link: a step of rounds is a round."""
-    steps, each = round(STEPS * YARDSTICKS.get(name, 1.0)), 1
+    steps, each = _steps(name), 1
     if name == FEDERATED:
         steps, each = STEPS // LOCAL_STEPS, LOCAL_STEPS
     sync = {**dict(_runs()), FEDERATED: ROUNDS["sync"]}[name]

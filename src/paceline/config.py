@@ -407,7 +407,8 @@ class Config(Options):
     @property
     def keeps_own(self) -> bool:
         """Whether each replica has something of its own to save."""
-        return not self.keeps_equal or any(getattr(sync, "keeps_own", False) for sync in self.syncs)
+        differs = not self.keeps_equal and not self.is_elastic  # else all hold the same where weights are saved
+        return differs or any(getattr(sync, "keeps_own", False) for sync in self.syncs)
 
     @property
     def is_elastic(self) -> bool:

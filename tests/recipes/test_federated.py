@@ -157,6 +157,7 @@ def test_a_stopped_server_goes_on(folder):
     alone(config)
     at = free_address()
     words = ["--keys", str(folder / "keys/server"), "--listen", at, *server_overrides(folder)]
+    (folder / ".out").unlink(missing_ok=True)  # of a command before
     serving = Command(folder, "federated-server", str(config), *words)
     deadline = time.monotonic() + 60.0
     while not (folder / ".out").exists() or "listening" not in (folder / ".out").read_text():

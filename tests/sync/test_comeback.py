@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import traceback
 from functools import partial
 
 import torch
@@ -46,7 +47,15 @@ def then_die(run, *arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def replica_of(index, mode, port, addresses, line, comes_back):
+def told_of(line, *arguments):
+    """What goes wrong is told too."""
+    try:
+        replica_of(line, *arguments)
+    except Exception:
+        line.send(traceback.format_exc())
+
+
+def replica_of(line, index, mode, port, addresses, comes_back):
     """One of two replicas; what it tells: where it began, its losses, the weights in the end."""
     torch.set_num_threads(1)
     if comes_back:
@@ -67,7 +76,7 @@ def replica_of(index, mode, port, addresses, line, comes_back):
         step += 1
         if index == 0 and step == WAITS_AT:
             line.recv()
-        if index == 1 and step == DIES_AT:
+        if index == 1 and step == DIES_AT and not comes_back:
             sync._servers.caller.run = partial(then_die, sync._servers.caller.run)
         batches = [goal.batch(micro, seed=0, step=step) for micro in share(step, 7, index, 2, 4)]
         losses.append(train_step(replica, sync, schedule, batches, step=step, stop=False).loss)
@@ -86,7 +95,7 @@ def test_a_replica_is_killed_between_staging_and_committing_and_comes_back(pool,
 
             def start(index, comes_back=False, mode=mode, port=store.port, addresses=addresses, started=started):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=replica_of, args=(index, mode, port, addresses, theirs, comes_back))
+                process = context.Process(target=told_of, args=(theirs, index, mode, port, addresses, comes_back))
                 process.start()
                 theirs.close()
                 started.append(process)
@@ -102,7 +111,9 @@ def test_a_replica_is_killed_between_staging_and_committing_and_comes_back(pool,
                 began = other.recv()
                 assert began >= DIES_AT - 1
                 first.send("go on")
-                (losses, weights, histogram, _), (late, same, _, number) = first.recv(), other.recv()
+                ends = first.recv(), other.recv()
+                assert not any(isinstance(end, str) for end in ends), ends
+                (losses, weights, histogram, _), (late, same, _, number) = ends
             finally:
                 for process in started:
                     process.kill()

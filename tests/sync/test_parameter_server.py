@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loops import LLAMA, config, distance, run_all
+from loops import LLAMA, config, distance, loop_of, run_all, world_of
 from paceline.comm import link
 from paceline.comm.mesh import Mesh
 from paceline.errors import ConfigError, PlanError, WorkerError
@@ -17,7 +17,7 @@ from paceline.optim.adamw import AdamW
 from paceline.parallel.precision import Masters
 from paceline.plan.run import plan_run
 from paceline.schedule.accumulate import Accumulate
-from paceline.sync.base import SyncContext
+from paceline.sync.base import Serving, SyncContext
 from paceline.sync.parameter_server import ParameterServer
 from paceline.train.assemble import looked_up
 from paceline.train.replica import ModuleReplica
@@ -71,7 +71,7 @@ UNTIED = {"model": {"config": {**LLAMA, "tie_word_embeddings": False}}}
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"shard": 2}, {"tensor": 2}, {"pipeline": 2}], ids=lambda cut: next(iter(cut), "")
+    "layout", [{}, {"shard": 2}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}], ids=lambda cut: next(iter(cut), "")
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_pushing_rows_learns_what_pushing_all_does(optimizer, layout, pool, tmp_path):
@@ -99,6 +99,10 @@ def test_pushing_rows_learns_what_pushing_all_does(optimizer, layout, pool, tmp_
         assert distance(one, other) <= FP64_EQUAL
     assert distance(rows.states[0], rows.states[1]) == 0.0
     assert sum(rows.sent_bytes) < sum(every.sent_bytes)
+    if not layout:
+        shapes = {name: weight.shape for name, weight in rows.weights[0].items()}
+        most = ParameterServer(sparse=True).wire_bytes(shapes, 2, STEPS, value_bytes=8)
+        assert max(rows.sent_bytes) < most and max(every.sent_bytes) < most
 
 
 @pytest.mark.parametrize("options", [{"mode": "stale", "staleness": 1}, {"mode": "async", "compensation": "constant"}])
@@ -119,6 +123,20 @@ def test_rows_of_a_run_that_goes_on_from_a_save_between_meetings(pool, tmp_path)
     run_all(pool, [run(sparse, tmp_path / "cut", **UNTIED)], until=2)
     (after,) = run_all(pool, [run(sparse, tmp_path / "cut", **UNTIED)])
     assert distance(whole.states[0], after.states[0]) <= FP64_EQUAL
+
+
+def jumping(member, run):
+    with world_of(member, run) as world, loop_of(run, world) as loop:
+        loop.parts.sync.at = 3  # as of a replica that was given up, and came back where the others are
+        steps = loop.steps()
+        seen = [(next(steps).step, loop.sequences_seen) for _ in range(2)]
+        assert isinstance(loop.parts.sync, Serving)
+        return seen
+
+
+def test_a_loop_goes_on_where_others_are(pool, tmp_path):
+    (seen,) = pool.run(jumping, 1, run({"name": "parameter_server"}, tmp_path, replicas=1))
+    assert seen == [(3, 18), (4, 24)], "with the data of that step"
 
 
 def test_rows_of_a_table_that_is_the_head_too_are_refused(pool, tmp_path):

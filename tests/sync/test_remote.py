@@ -184,7 +184,7 @@ def test_shares_that_are_of_no_secret_are_an_error_for_the_user(tmp_path):
     false = m.Open(1, dict.fromkeys(said[0].masks, "ff" * 66), {})
     for each, message in zip(there, [false, *said[1:]], strict=True):
         own.receive(each.number, message)
-    with pytest.raises(TrainError, match="a client lied"):
+    with pytest.raises(TrainError, match="some client does not follow"):
         own.opening()
 
 

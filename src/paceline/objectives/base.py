@@ -63,7 +63,8 @@ class Batch:
     def tokens(self) -> Tensor:
         """Those that the model looks up, (N,) int64."""
         ids = [value for key, value in self.inputs.items() if key.endswith("input_ids") and isinstance(value, Tensor)]
-        return torch.cat([each.view(-1) for each in (*ids, *(() if self.mixed is None else (self.mixed.ids,)))])
+        ids += [] if self.mixed is None else [self.mixed.ids]
+        return torch.cat([self.labels.new_empty(0), *(each.reshape(-1) for each in ids)])
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""

@@ -38,7 +38,8 @@ from paceline.train.clients import check_extras, owned_rows
 from paceline.train.policy import StopRequest
 from paceline.train.records import open_records, write_text
 from paceline.train.remote import AskedToStop, RemoteClients, Visitor, likeness, run_words
-from paceline.train.trainer import Loop, find
+from paceline.train.resume import find
+from paceline.train.trainer import Loop
 
 
 @dataclass(frozen=True, kw_only=True)

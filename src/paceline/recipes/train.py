@@ -34,8 +34,9 @@ from paceline.train.assemble import assemble
 from paceline.train.clients import check_extras
 from paceline.train.policy import StopRequest
 from paceline.train.records import open_records
+from paceline.train.resume import find
 from paceline.train.settle import settle
-from paceline.train.trainer import Loop, find
+from paceline.train.trainer import Loop
 
 Say = Callable[[str], None]
 Engine = Literal["here", "ray"]

@@ -1,6 +1,6 @@
 """``sync: auto``: the strategy with which a run gets furthest in a given time, by the plan's numbers.
 
-    seconds of a step   computation + what its exchanges take on the link, on average over the run
+    seconds of a step   computation, of its reducer too, + what its exchanges take on the link, on average over the run
     worth of a step     what ``sync.measured`` says, of the rows in ``sync.rows``
     choice              the least seconds / worth
 
@@ -18,7 +18,7 @@ from paceline.errors import PlanError
 from paceline.plan.network import Network
 from paceline.registry import SYNCS
 from paceline.sync import measured
-from paceline.sync.base import Load, exchange_s
+from paceline.sync.base import Load, step_s
 from paceline.sync.rows import ROWS
 
 LEAST_EXCHANGES = 4
@@ -73,8 +73,7 @@ class Auto(Options):
             too_rare = load.steps < LEAST_EXCHANGES * getattr(options, "every", 1)
             if worth is None or too_rare or hasattr(options, "start") or not allows(options):
                 continue
-            step_s = load.compute_s + exchange_s(options, link, load) / load.steps
-            found.append(Candidate(name=name, options=options, step_s=step_s, worth=worth))
+            found.append(Candidate(name=name, options=options, step_s=step_s(options, link, load), worth=worth))
         if not found:
             raise PlanError("sync=auto finds nothing that this config allows. Choose by name, such as sync=all_reduce")
         return sorted(found, key=lambda candidate: candidate.cost_s)

@@ -5,9 +5,10 @@ counterparts in the other replicas, never the layout that cut them: so every str
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -120,6 +121,16 @@ def exchange_s(options: SyncConfig, network: Network, load: Load) -> float:
         return options.exchange_s(network, load)
     sent = options.wire_bytes(load.shapes, load.members, load.steps, load.value_bytes)
     return network.seconds(sent, options.delays(load.shapes, load.members, load.steps))
+
+
+def step_s(options: SyncConfig, network: Network, load: Load) -> float:
+    """Seconds of a step on average: what it computes, also to encode and decode what is sent, and its exchanges."""
+    reducer: Any = getattr(options, "reducer", None)
+    coded_s = 0.0
+    if reducer is not None and load.members > 1:
+        values = sum(math.prod(shape) for shape in load.shapes.values())
+        coded_s = 1e-9 * reducer.ns_per_value * values / getattr(options, "every", 1)
+    return load.compute_s + coded_s + exchange_s(options, network, load) / load.steps
 
 
 class Stepping(Protocol):

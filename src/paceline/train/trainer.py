@@ -2,44 +2,35 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from paceline.checkpoint import Checkpoint, Saved, SavedWeights, check_space, load, newest, steps
+from paceline.checkpoint import Checkpoint, Saved, SavedWeights, load, steps
 from paceline.comm.ranks import Coordinates
-from paceline.config import strategy_name
 from paceline.data.client_loader import ClientLoader
-from paceline.data.loader import STEPS_AHEAD, Loader, Place
-from paceline.data.rows import Row
-from paceline.errors import CheckpointError, NonFiniteError, TrainError
+from paceline.errors import NonFiniteError, TrainError
 from paceline.evaluate.held_out import Evaluation
-from paceline.objectives.base import Batch
-from paceline.optim.base import Averaging
-from paceline.plan.layout import data_rank
-from paceline.sync.base import Claiming, Serving, Share, differing
+from paceline.sync.base import Serving
 from paceline.track import Trackers
 from paceline.train import state
 from paceline.train.assemble import Parts
 from paceline.train.average import over_replicas
 from paceline.train.clients import privacy_words
-from paceline.train.diagnose import locate
 from paceline.train.early_stop import EarlyStop
 from paceline.train.hooks import Hook, StepEvent
 from paceline.train.memory import used_bytes
 from paceline.train.policy import After, StopRequest, after
 from paceline.train.remote import RemoteClients
 from paceline.train.replica import holding
-from paceline.train.round import train_round
+from paceline.train.resume import check_room, check_same_everywhere, check_same_run, find, identity
 from paceline.train.spikes import Spikes
-from paceline.train.step import StepResult, train_step
+from paceline.train.work import Position, work_of
 
 
 class Loop:
@@ -63,16 +54,12 @@ class Loop:
         self._spikes = Spikes(parts.config.spikes)
         self._early_stop = EarlyStop(parts.config.early_stop)
         self._has_ended = False
+        self._work = work_of(parts)
         parts.sync.start(parts.built.replica)
         self._resume()
-        self._check_same_run()
+        check_same_everywhere(self.parts, self.step)
         if parts.checkpointer:
-            # Weights, copies of them and optimizer: the newest checkpoint stays while the next is written beside it.
-            replica = parts.built.replica
-            kept = (parts.average.tensors, isinstance(replica.optimizer, Averaging), replica.adjusted())
-            copies = 1 + sum(map(bool, kept))
-            needed = 4 * copies * parts.sizes.trainable + parts.optimizer_config.state_bytes(parts.shapes)
-            check_space(self._checkpoints, 2 * needed * parts.variant.count)
+            check_room(parts, self._checkpoints)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -239,17 +226,15 @@ class Loop:
                 raise error
 
     def _one_step(self) -> tuple[StepEvent, bool]:
-        parts, built = self.parts, self.parts.built
-        start = time.perf_counter()
-        shares = self._shares()
-        step, seen = (self.step + 1, self.sequences_seen) if shares is None else self._place(shares[0])[:2]
-        rate = parts.rate
+        parts, built, rate = self.parts, self.parts.built, self.parts.rate
+        start, done = time.perf_counter(), self._position
+        step, seen = self._work.next(done)
         factor = rate.factor(step, seen)
         built.replica.set_rate_factor(factor)
         loss_scale = built.replica.loss_scale
         scaled_by = loss_scale.value if loss_scale.is_dynamic else None
-        result, sequences = self._learn(step, parts.loader, shares, factor)
-        tokens = sequences * parts.batches.full.sequence_tokens
+        learned = self._work.learn(done, rate=factor, stop=self.stop_request.asked)
+        result = learned.result
         ends_cycle = rate.ends_cycle(step, seen)
         parts.average.stepped(step, ends_cycle=ends_cycle)
         if parts.perturb.stepped(step, built.replica, ends_cycle=ends_cycle):
@@ -257,30 +242,17 @@ class Loop:
             if self.trackers:
                 self.trackers.event("perturb", f"weights shrunk and perturbed after step {step}", step=step)
         step_s = time.perf_counter() - start
-        tokens_per_s = tokens / step_s
-        if shares is None:
-            if isinstance(parts.sync, Serving) and parts.sync.at > step:  # others have learned without this replica
-                sequences += parts.batches.sequences(step + 1, parts.sync.at)
-                step = parts.sync.at
-            self.step = step
-            self.sequences_seen += sequences
-            self.tokens_seen += sequences * parts.batches.full.sequence_tokens
-            tokens_seen, seen = self.tokens_seen, self.sequences_seen
-        else:
-            # The position is where all replicas have met; the event tells the place of what this one has learned from.
-            seen += parts.batches.at(step).sequences
-            tokens_seen = self.tokens_seen + (seen - self.sequences_seen) * parts.batches.full.sequence_tokens
-            sync: Any = parts.sync
-            tokens_per_s *= sync.pace
-            self._meet(sync.at)
+        length = parts.batches.full.sequence_tokens
+        tokens = learned.sequences * length
+        tokens_per_s = tokens / step_s * learned.pace
         event = StepEvent(
-            step=step,
+            step=learned.at.step,
             loss=result.loss,
             lr=parts.optimizer_config.lr * factor,
             gradient_norm=result.gradient_norm,
             tokens=tokens,
-            tokens_seen=tokens_seen,
-            sequences_seen=seen,
+            tokens_seen=self.tokens_seen + (learned.at.sequences - done.sequences) * length,
+            sequences_seen=learned.at.sequences,
             tokens_per_s=tokens_per_s,
             mfu=tokens_per_s * parts.flops_per_token / parts.peak_flops_per_s,
             step_s=step_s,
@@ -291,62 +263,13 @@ class Loop:
             skipped_steps=loss_scale.skipped_steps,
             loss_scale=scaled_by,
         )
+        self.step, self.sequences_seen = learned.reached
+        self.tokens_seen += (learned.reached.sequences - done.sequences) * length
         return event, result.stop
 
-    def _shares(self) -> Sequence[Share] | None:
-        """What this replica learns from now and may next; None where it has its part of each step."""
-        sync = self.parts.sync
-        if not isinstance(sync, Claiming):
-            return None
-        return sync.claim(self.step, self.parts.built.replica)[: STEPS_AHEAD + 1]
-
-    def _place(self, share: Share) -> Place:
-        """Where a share begins, and whose rows it has: all steps up to ``self.step`` are done."""
-        world = self.parts.world
-        first = self.sequences_seen + self.parts.batches.sequences(self.step + 1, share.step - 1)
-        return Place(share.step, first, data_rank(share.part, world.group_sizes, world.mesh.shard.index))
-
-    def _meet(self, reached: int) -> None:
-        """All replicas are done with all parts of all steps up to one."""
-        sequences = self.parts.batches.sequences(self.step + 1, reached)
-        self.step = reached
-        self.sequences_seen += sequences
-        self.tokens_seen += sequences * self.parts.batches.full.sequence_tokens
-
-    def _learn(
-        self, step: int, loader: Loader | ClientLoader | RemoteClients, shares: Sequence[Share] | None, factor: float
-    ) -> tuple[StepResult, int]:
-        """Run a step, or a round; what came of it, and how many sequences were learned from.
-
-        ``factor``: of the rate, for clients that are elsewhere.
-        """
-        parts, built, stop = self.parts, self.parts.built, self.stop_request.asked
-        replica, schedule = built.replica, built.schedule
-
-        def batch_of(rows: Sequence[Row], number: int) -> Batch:
-            return built.split(parts.objective.batch(rows, seed=parts.config.seed, step=number))
-
-        sync: Any = parts.sync
-        if isinstance(loader, RemoteClients):
-            return loader.train_round(replica, sync, step=step, rate=factor)
-        if isinstance(loader, ClientLoader):
-            result = train_round(replica, sync, schedule, loader, batch_of, step=step, stop=stop)
-            return result, loader.rounds.at(step).rows
-        if shares is None:
-            rows, sequences = loader.batch(step, self.sequences_seen), parts.batches.at(step).sequences
-        else:
-            rows = loader.at([self._place(share) for share in shares])
-            sequences = len(range(shares[0].part, parts.batches.at(step).sequences, parts.config.all_replicas))
-        batches = [batch_of(micro, step) for micro in rows]
-        try:
-            with parts.rate.measuring():
-                result = train_step(replica, parts.sync, schedule, batches, step=step, stop=stop)
-        except NonFiniteError as error:
-            where = f"replica {self.coordinates.replica}, rank {self.coordinates.rank}"
-            device_batches = [batch.to(parts.world.device.torch_device) for batch in batches]
-            drawing = partial(built.drawing, step)
-            raise locate(error, built.model, replica, parts.objective, device_batches, where, drawing) from None
-        return result, sequences
+    @property
+    def _position(self) -> Position:
+        return Position(self.step, self.sequences_seen)
 
     def _values(self) -> dict[str, Any]:
         """The scalars of a checkpoint. Random numbers have no state of their own: they follow from seed and step."""
@@ -358,7 +281,7 @@ class Loop:
             "average": self.parts.average.values(),
             **({"spikes": self._spikes.state()} if self._spikes.is_on else {}),
             "early_stop": self._early_stop.state(),
-            **self._identity(),
+            **identity(self.parts),
             "config": self.parts.config.tree(),
         }
 
@@ -368,13 +291,7 @@ class Loop:
             return
         with checkpoint:
             checkpoint.verify()
-            for key, now in self._identity().items():
-                if checkpoint.values.get(key) != now:
-                    raise CheckpointError(
-                        f"step {checkpoint.step} in {self.parts.config.train.output!r} was trained with "
-                        f"{key}={checkpoint.values.get(key)!r}, this config has {now!r}: that is another run. Restore "
-                        "the config, or choose another train.output."
-                    )
+            check_same_run(checkpoint, self.parts)
             self._restore(checkpoint)
         self._go_on_from_here()
 
@@ -429,7 +346,7 @@ class Loop:
             self._spikes.goes_back(known[-1], first, seen)
             self._restore(checkpoint)
         self.sequences_seen = seen
-        self._check_same_run()
+        check_same_everywhere(self.parts, self.step)
         self._go_on_from_here()
         if self.trackers:
             text = f"{why}: back to step {self.step}, and sequences {first:,} to {seen - 1:,} are left out"
@@ -453,17 +370,6 @@ class Loop:
         self.finish_saving()
         self._total((0.0,))
 
-    def _check_same_run(self) -> None:
-        """Refuse, on all replicas, to train on other data or from another step than replica 0 does."""
-        world = self.parts.world
-        words = f"{self.step} {self.parts.prepared.fingerprint}".encode()
-        digest = blake2b(words, digest_size=16).digest()
-        if others := differing(world.link, digest, world.device.torch_device):
-            raise TrainError(
-                f"replica(s) {others} have other data, or continue from another step, than replica 0; every machine "
-                "needs the same files, and sees the same train.output"
-            )
-
     def _total(self, values: tuple[float, ...]) -> list[float]:
         """Over all ranks of all replicas; where one may be gone each measures everything by itself."""
         own, _ = self.parts.built.replica.total(values)
@@ -480,42 +386,3 @@ class Loop:
     @property
     def _layout(self) -> dict[str, int]:
         return {"replicas": self.coordinates.replicas}
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on: the rest of the config may change between its parts.
-
-        The position in the data is one number, so all that the order follows from is among it.
-        """
-        config = self.parts.config
-        return {
-            "seed": config.seed,
-            "data": self.parts.prepared.fingerprint,
-            "data.split": config.data.split,
-            "weights of data.source": [source.weight for source in config.data.sources],
-            "batch.sequence_tokens": config.batch.sequence_tokens,
-            "file_streams": self.parts.file_streams,
-            "clients and rounds": self.parts.clients,
-            "objective": strategy_name(config.objective),
-            "optimizer": strategy_name(config.optimizer),
-            "dtype of what learns": self.parts.precision.stored,
-            "a penalty on momentum": config.regularisation.momentum > 0 or None,
-        }
-
-
-def find(folder: Path, resume: str | int) -> Checkpoint | None:
-    """The checkpoint a run continues from, or None for a new run.
-
-    ``auto``: the newest complete one if there is one; ``never``: none, and ``CheckpointError`` if there is one; a
-    number: that step.
-    """
-    if resume == "never":
-        if known := steps(folder):
-            raise CheckpointError(
-                f"checkpoint.resume=never, but {folder.parent} already holds a run (step {known[-1]}); choose another "
-                "train.output, or checkpoint.resume=auto to continue it"
-            )
-        return None
-    if resume == "auto":
-        step = newest(folder)
-        return None if step is None else load(folder, step)
-    return load(folder, int(resume))

@@ -148,5 +148,5 @@ BOXES = PLACES.cuts({"w": None}, ["w"], 0).boxes
 
 def push(store, window, delta, *, targets, usual=None):
     weight, closed = window.take(targets, usual or targets)
-    store.gather([Gradient(weight, {0: Boxed(BOXES, delta)}, None, 0)])
+    store.gather([Gradient(weight, {0: Boxed(BOXES, delta)}, None, 0)], measured=False)
     store.push(closed)

@@ -20,7 +20,7 @@ from paceline.sync.server.keep import ServerThreads
 from paceline.sync.server.leases import Leases
 from paceline.sync.server.place import Places
 from paceline.sync.server.store import Delay
-from paceline.sync.server.wire import frame
+from paceline.sync.server.wire import Inbox, frame, read_frame
 from servers import children, processes
 
 SHAPES = {"embedding": (90, 40), "norm": (40,), "matrix": (33, 5, 2), "scalar": ()}
@@ -347,3 +347,17 @@ def test_a_server_whose_log_is_damaged_ends_the_run_with_the_reason(tmp_path):
         assert ended is not None and ended.si_status == 1
         worker.caller.close()
     assert "snapshot-1.bin: the record at byte 0 is not what was written" in (tmp_path / "damaged.txt").read_text()
+
+
+def test_last_words_are_heard_although_who_said_them_is_gone():
+    ours, theirs = socket.socketpair()
+    with ours:
+        for buffer in frame(7, m.Refused("no room")):
+            theirs.sendall(buffer)
+        theirs.close()
+        ours.setblocking(False)
+        inbox = Inbox()
+        ((header, body),) = inbox.receive(ours)
+        assert read_frame(header, body, None) == (7, m.Refused("no room"))
+        with pytest.raises(ConnectionResetError, match="the other end is gone"):
+            inbox.receive(ours)

@@ -22,6 +22,9 @@ class ReducerConfig(Protocol):
     is_exact: ClassVar[bool]
     """Whether sums are what was put in, but for rounding; if not, only small differences should be put in."""
 
+    ns_per_value: ClassVar[float]
+    """What encoding and decoding take on one core more than a plain sum (``benchmarks/reducers.py``)."""
+
     def wire_bytes(self, shapes: Shapes, members: int) -> int:
         """Payload bytes one rank sends for one sum of fp32 tensors."""
         ...

@@ -27,4 +27,5 @@ class BF16(CodedOptions):
     """Keep what rounding leaves out and send it the next time."""
 
     code: ClassVar[Code] = _BF16Code()
+    ns_per_value: ClassVar[float] = 10
     source: ClassVar[str] = "a cast"

@@ -35,4 +35,5 @@ class FP16(CodedOptions):
     """Keep what rounding leaves out and send it the next time."""
 
     code: ClassVar[Code] = _FP16Code()
+    ns_per_value: ClassVar[float] = 16
     source: ClassVar[str] = "a cast"

@@ -37,4 +37,5 @@ class Int8(CodedOptions):
     """Keep what rounding leaves out and send it the next time; then values are rounded to the nearest."""
 
     code: ClassVar[Code] = _Int8Code()
+    ns_per_value: ClassVar[float] = 29
     source: ClassVar[str] = "Alistarh et al. 2017 (QSGD), arXiv 1610.02132, by blocks of a fixed size"

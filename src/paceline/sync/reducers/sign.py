@@ -36,6 +36,7 @@ class Sign(CodedOptions):
     """Keep what the signs leave out and send it the next time."""
 
     code: ClassVar[Code] = _SignCode()
+    ns_per_value: ClassVar[float] = 25
     source: ClassVar[str] = (
         "Karimireddy et al. 2019, arXiv 1901.09847, by blocks; sums as in 1-bit Adam, arXiv 2102.02888"
     )

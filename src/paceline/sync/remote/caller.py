@@ -1,6 +1,5 @@
 """A client's end of the wire: it asks, and asks again in the same words where a connection broke."""
 
-import select
 import socket
 import ssl
 import time
@@ -10,7 +9,7 @@ from typing import Any
 from paceline.errors import LinkError
 from paceline.sync.remote.hub import NoMemories
 from paceline.sync.server import messages as m
-from paceline.sync.server.wire import Inbox, frame, read_frame, watched, without_delay
+from paceline.sync.server.wire import Inbox, frame, read_frame, readable, watched, without_delay
 
 _AGAIN_S = (0.05, 5.0)
 """Before the next try to connect: at first, and at most; it doubles."""
@@ -108,7 +107,7 @@ class Server:
                 serial, answer = read_frame(header, body, self._memories)
                 if serial == self._serial:
                     return answer
-            select.select([connection], [], [])
+            readable(connection)
 
 
 def _words(error: OSError) -> str:

@@ -1,6 +1,5 @@
 """One rank's connections to the servers: it asks, and asks again where a connection broke, with the same words."""
 
-import select
 import socket
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from paceline.sync.server import messages as m
 from paceline.sync.server.client import Asked, Exchange
 from paceline.sync.server.codec import values_bytes
 from paceline.sync.server.serve import Address
-from paceline.sync.server.wire import Inbox, Memories, Place, frame, read_frame, without_delay
+from paceline.sync.server.wire import Inbox, Memories, Place, frame, read_frame, readable, without_delay
 
 T = TypeVar("T")
 _AGAIN_S = 0.02
@@ -85,8 +84,7 @@ class Caller:
     def _receive(self, server: int, waiting: dict[int, Any], deadline: float) -> list[tuple[int, Any]]:
         connection, inbox = self._connections[server]
         try:
-            ready, _, _ = select.select([connection], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            if not readable(connection, max(0.0, deadline - time.monotonic())):
                 raise LinkError(
                     f"parameter server {server} at {self._at(server)} did not answer within {self._timeout_s:g} s; see "
                     "its log, and that of the slowest replica"

@@ -10,6 +10,7 @@ import ctypes
 import json
 import mmap
 import os
+import selectors
 import socket
 import ssl
 import struct
@@ -36,14 +37,21 @@ class Inbox:
         self._begin()
 
     def receive(self, connection: socket.socket) -> list[tuple[bytes, bytearray]]:
-        """Headers and bodies of all frames that are complete; ``ConnectionError`` when the other end is gone."""
+        """Headers and bodies of all frames that are complete; ``ConnectionError`` when the other end is gone, after its
+        last words have been given."""
         frames: list[tuple[bytes, bytearray]] = []
         while True:
             try:
                 count = connection.recv_into(self._left) if len(self._left) else 0
             except (BlockingIOError, ssl.SSLWantReadError):
                 return frames
+            except OSError:
+                if frames:
+                    return frames
+                raise
             if count == 0 and len(self._left):
+                if frames:
+                    return frames
                 raise ConnectionResetError("the other end is gone")
             self._left = self._left[count:]
             while not len(self._left) and (frame := self._next()) is not None:
@@ -157,6 +165,13 @@ def watched(connection: socket.socket) -> socket.socket:
     for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
     return connection
+
+
+def readable(connection: socket.socket, timeout_s: float | None = None) -> bool:
+    """Whether something has come within so long; ``select.select`` knows only the first 1,024 open files."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        return bool(selector.select(timeout_s))
 
 
 def end_with_parent() -> None:
