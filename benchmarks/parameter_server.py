@@ -20,9 +20,9 @@ import torch
 
 from paceline.sync.server.ask import Caller
 from paceline.sync.server.channel import Channel
-from paceline.sync.server.coordinator import Rules
 from paceline.sync.server.keep import address, keep_processes, listen
 from paceline.sync.server.place import Places
+from paceline.sync.server.rules import Rules
 from paceline.sync.server.serve import Durability
 from paceline.sync.server.store import Delay
 

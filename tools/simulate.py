@@ -26,11 +26,12 @@ from paceline.optim.sgd import SGD
 from paceline.sync.server import messages as m
 from paceline.sync.server.client import COORDINATOR, Client, GivenUp
 from paceline.sync.server.codec import Boxed, Mixed, Rows
-from paceline.sync.server.coordinator import Coordinator, LocalRules, Rules
+from paceline.sync.server.coordinator import Coordinator
 from paceline.sync.server.local import LocalCoordinator
 from paceline.sync.server.log import MemoryLog
 from paceline.sync.server.mixed import MixedStore
 from paceline.sync.server.place import Piece
+from paceline.sync.server.rules import LocalRules, Rules
 from paceline.sync.server.shard import Gradient, ServerShard
 from paceline.sync.server.store import Delay, TensorStore
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
-from paceline.comm.mailbox import Mailbox
+from paceline.comm.mailbox import Exchange, Mailbox
 from paceline.comm.shared import LEAST_BYTES, SharedSums, shared_sums
 from paceline.errors import LinkError
 from paceline.plan.wire import all_gather_bytes, all_reduce_bytes, all_to_all_bytes, broadcast_bytes, direct_bytes
@@ -161,18 +162,6 @@ class LocalLink:
         """Nothing to break."""
 
 
-class _Late:
-    """An exchange of which the most is done when it is waited for."""
-
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish: Callable[[], None] | None = finish
-
-    def wait(self) -> None:
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
-
-
 class _All:
     """Exchanges of which none is needed alone."""
 
@@ -234,7 +223,7 @@ class GroupLink:
         if self._shared is not None and tensor.nbytes >= LEAST_BYTES:
             assert tensor.is_contiguous()
             self._sent_bytes += sent
-            return _Late(self._shared.start(tensor))
+            return Exchange(self._shared.start(tensor))
         if (mailbox := self._mailbox) is not None and 0 < tensor.nbytes <= direct_bytes(self.size):
             return self._start(sent, lambda: mailbox.all_reduce(tensor), tensor)
         most = self.size * _PIECE_BYTES
@@ -243,7 +232,7 @@ class GroupLink:
         assert tensor.is_contiguous()
         self._sent_bytes += sent
         pieces = tensor.view(-1).split(most // tensor.itemsize)
-        return _All([self._start(0, lambda piece=piece: self._group.allreduce([piece]), piece) for piece in pieces])  # type: ignore[misc]
+        return _All([self._start(0, partial(self._group.allreduce, [piece]), piece) for piece in pieces])
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> Pending:
         """Start the copy of the root's tensor."""

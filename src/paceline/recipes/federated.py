@@ -162,16 +162,7 @@ def _rounds(loop: Loop, hub: Hub, config: Config, linger_s: float) -> Result:
             if loop.is_done:
                 shards = loop.parts.built.replica.shards
                 hub.end({shard.name: shard.local for shard in shards}, wait_s=linger_s)
-        newest = loop.evaluation
-        return Result(
-            output=config.train.output,
-            step=loop.step,
-            steps=config.train.steps,
-            is_done=loop.is_done,
-            loss=loss,
-            held_out_loss=newest.loss if newest else None,
-            bits_per_byte=newest.bits_per_byte if newest else None,
-        )
+        return Result.of(loop, loss)
 
 
 def visit(config: Config, at: str, keys: Path, *, patience_s: float, say: Say = _tell) -> Visited:

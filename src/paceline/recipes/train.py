@@ -68,6 +68,21 @@ class Result:
     seconds: float = 0.0
     """Of the whole run, counted in the same way."""
 
+    @classmethod
+    def of(cls, loop: Loop, loss: float | None, **times: Any) -> "Result":
+        """Of a loop that has ended."""
+        newest = loop.evaluation
+        return cls(
+            output=loop.parts.config.train.output,
+            step=loop.step,
+            steps=loop.parts.config.train.steps,
+            is_done=loop.is_done,
+            loss=loss,
+            held_out_loss=newest.loss if newest else None,
+            bits_per_byte=newest.bits_per_byte if newest else None,
+            **times,
+        )
+
     def values(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         return asdict(self)
@@ -271,18 +286,7 @@ def run_rank(
         loop.finish_saving()
         if coordinates.is_leader:
             leave_results(loop)
-        newest = loop.evaluation
-        return Result(
-            output=config.train.output,
-            step=loop.step,
-            steps=config.train.steps,
-            is_done=loop.is_done,
-            loss=loss,
-            held_out_loss=newest.loss if newest else None,
-            bits_per_byte=newest.bits_per_byte if newest else None,
-            first_loss_s=first_loss_s,
-            seconds=time.perf_counter() - start,
-        )
+        return Result.of(loop, loss, first_loss_s=first_loss_s, seconds=time.perf_counter() - start)
 
 
 def _all_processes(world: World) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from paceline.sync.served import Servers, as_remote, owned
 from paceline.sync.server import messages as m
 from paceline.sync.server.channel import Channel
 from paceline.sync.server.contents import full_shapes
-from paceline.sync.server.coordinator import LocalRules, Rules
 from paceline.sync.server.delayed_nesterov import DelayedNesterov, Window
+from paceline.sync.server.rules import LocalRules, Rules
 from paceline.sync.server.store import Delay
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from paceline.plan.wire import all_reduce_bytes
 from paceline.sync.base import SyncContext
 from paceline.sync.server.ask import Caller
 from paceline.sync.server.channel import Channel
-from paceline.sync.server.coordinator import Rules
 from paceline.sync.server.keep import ServerThreads
 from paceline.sync.server.place import Places
+from paceline.sync.server.rules import Rules
 
 
 class Servers:

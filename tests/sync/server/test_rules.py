@@ -12,9 +12,10 @@ from paceline.optim.sgd import SGD
 from paceline.sync.server import messages as m
 from paceline.sync.server.client import COORDINATOR, Client
 from paceline.sync.server.codec import Boxed
-from paceline.sync.server.coordinator import Coordinator, Rules
+from paceline.sync.server.coordinator import Coordinator
 from paceline.sync.server.log import MemoryLog
 from paceline.sync.server.place import Places
+from paceline.sync.server.rules import Rules
 from paceline.sync.server.shard import ServerShard
 from paceline.sync.server.store import Delay, TensorStore
 from tolerances import FP64_EQUAL

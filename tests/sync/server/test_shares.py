@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from paceline.sync.server.codec import Boxed
-from paceline.sync.server.coordinator import LocalRules, Rules
 from paceline.sync.server.delayed_nesterov import DelayedNesterov, OuterRule, PushStore, Window
 from paceline.sync.server.place import Places
+from paceline.sync.server.rules import LocalRules, Rules
 from paceline.sync.server.shard import Gradient
 from paceline.sync.server.shares import Pool, dynamic_steps
 from tolerances import FP64_EQUAL

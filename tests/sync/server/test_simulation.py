@@ -6,9 +6,10 @@ import pytest
 
 import simulate
 from paceline.sync.server import messages as m
-from paceline.sync.server.coordinator import Coordinator, LocalRules, Rules
+from paceline.sync.server.coordinator import Coordinator
 from paceline.sync.server.delayed_nesterov import Window
 from paceline.sync.server.local import LocalCoordinator
+from paceline.sync.server.rules import LocalRules, Rules
 from paceline.sync.server.shard import ServerShard
 from paceline.sync.server.table import Table
 

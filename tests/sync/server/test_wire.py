@@ -14,11 +14,11 @@ from paceline.sync.server.ask import Caller
 from paceline.sync.server.channel import Channel
 from paceline.sync.server.client import GivenUp
 from paceline.sync.server.codec import Boxed, pack, padded, raw, unpack
-from paceline.sync.server.coordinator import Rules
 from paceline.sync.server.files import FileLog
 from paceline.sync.server.keep import ServerThreads
 from paceline.sync.server.leases import Leases
 from paceline.sync.server.place import Places
+from paceline.sync.server.rules import Rules
 from paceline.sync.server.store import Delay
 from paceline.sync.server.wire import Inbox, frame, read_frame
 from servers import children, processes

@@ -25,7 +25,7 @@ from paceline.sync.remote.gathering import Gathering, Said
 from paceline.sync.remote.keys import Tokens
 from paceline.sync.secure.mean import MASKED
 from paceline.sync.server import messages as m
-from paceline.sync.server.wire import Inbox, Memories, frame, read_frame, watched, without_delay
+from paceline.sync.server.wire import Inbox, Memories, frame, read_frame, send_some, watched, without_delay
 
 _TICK_S = 0.2
 _HELLO_BYTES = 1 << 16
@@ -212,14 +212,7 @@ class Hub:
         return connection.is_greeted
 
     def _flush(self, connection: _Connection) -> None:
-        try:
-            while connection.out:
-                count = connection.socket.send(connection.out[0])
-                connection.out[0] = connection.out[0][count:]
-                if not len(connection.out[0]):
-                    connection.out.popleft()
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-            pass
+        send_some(connection.socket, connection.out)
         if connection.closes and not connection.out:
             self._close(connection)
             return

@@ -14,8 +14,8 @@ from paceline.sync.server import messages as m
 from paceline.sync.server.ask import Caller
 from paceline.sync.server.client import Client
 from paceline.sync.server.codec import Boxed, Mixed, Rows, padded
-from paceline.sync.server.coordinator import Rules
 from paceline.sync.server.place import Box, Cuts, Places
+from paceline.sync.server.rules import Rules
 from paceline.sync.server.store import Delay
 from paceline.sync.server.wire import SharedMemory
 

@@ -15,9 +15,10 @@ from dataclasses import asdict
 from typing import Any
 
 from paceline.sync.server import messages as m
-from paceline.sync.server.coordinator import Coordinator, LocalRules, Member, Out, Rules
+from paceline.sync.server.coordinator import Coordinator, Member, Out
 from paceline.sync.server.delayed_nesterov import Window
 from paceline.sync.server.log import Log
+from paceline.sync.server.rules import LocalRules, Rules
 from paceline.sync.server.shares import Pool, dynamic_steps, length_by_speed
 
 _OLD_SHARE = 0.5

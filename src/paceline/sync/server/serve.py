@@ -20,7 +20,7 @@ import torch
 from paceline.config import choose
 from paceline.registry import OPTIMIZERS
 from paceline.sync.server import messages as m
-from paceline.sync.server.coordinator import Coordinator, Out, Rules
+from paceline.sync.server.coordinator import Coordinator, Out
 from paceline.sync.server.delayed_nesterov import DelayedNesterov, PushStore
 from paceline.sync.server.files import FileLog
 from paceline.sync.server.leases import Leases
@@ -28,9 +28,10 @@ from paceline.sync.server.local import LocalCoordinator
 from paceline.sync.server.log import Log
 from paceline.sync.server.mixed import MixedStore, store
 from paceline.sync.server.place import Places
+from paceline.sync.server.rules import Rules
 from paceline.sync.server.shard import ServerShard
 from paceline.sync.server.store import Delay, TensorStore
-from paceline.sync.server.wire import Inbox, Memories, copy_into, frame, read_frame, watched, without_delay
+from paceline.sync.server.wire import Inbox, Memories, copy_into, frame, read_frame, send_some, watched, without_delay
 
 Address = tuple[str, int]
 _HERE = ("here", 0)
@@ -151,14 +152,7 @@ class Server:
                 connection.out[i] = memoryview(bytes(view))
 
     def _flush(self, connection: _Connection) -> None:
-        try:
-            while connection.out:
-                count = connection.socket.send(connection.out[0])
-                connection.out[0] = connection.out[0][count:]
-                if not len(connection.out[0]):
-                    connection.out.popleft()
-        except BlockingIOError:
-            pass
+        send_some(connection.socket, connection.out)
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.out else 0)
         self._selector.modify(connection.socket, wanted, connection)
 

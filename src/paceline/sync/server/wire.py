@@ -14,6 +14,7 @@ import selectors
 import socket
 import ssl
 import struct
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,6 +166,18 @@ def watched(connection: socket.socket) -> socket.socket:
     for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
     return connection
+
+
+def send_some(connection: socket.socket, out: deque[memoryview]) -> None:
+    """Of what is to be sent take as much as a socket that does not block takes now."""
+    try:
+        while out:
+            count = connection.send(out[0])
+            out[0] = out[0][count:]
+            if not len(out[0]):
+                out.popleft()
+    except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+        pass
 
 
 def readable(connection: socket.socket, timeout_s: float | None = None) -> bool:

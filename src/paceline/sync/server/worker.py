@@ -16,7 +16,7 @@ from paceline.sync.server import messages as m
 from paceline.sync.server.channel import Channel
 from paceline.sync.server.client import GivenUp
 from paceline.sync.server.contents import fetch_state, fill, full_shapes
-from paceline.sync.server.coordinator import Rules
+from paceline.sync.server.rules import Rules
 from paceline.sync.server.store import Delay
 
 if TYPE_CHECKING:
