@@ -14,11 +14,13 @@ up ``--quick-s``, or on the last replica ``--slow-s``. So two cores are enough f
     whole run    the same to the end of the run, where all have met. Where a replica has a share of each step, the slow
                  one has as many steps as the others, and these wait for it in the end; where it takes what is next, not
     steps        local steps of each replica
+    left out     with backups: gradients that came too late. The steps that they took count for nothing
 """
 
 import argparse
 import json
 import random
+import re
 import sys
 import tempfile
 import time
@@ -58,6 +60,7 @@ SYNCS: tuple[Any, ...] = (
     {"name": "async_local_sgd", "every": 4, "dynamic_steps": False},
     {"name": "parameter_server", "mode": "async"},
     {"name": "parameter_server", "mode": "stale", "staleness": 4},
+    {"name": "parameter_server", "mode": "sync", "backups": 1},
     {"name": "gossip", "every": 8},
     {"name": "diloco", "every": 8},
     "all_reduce",
@@ -184,8 +187,10 @@ def judged(name: str, given: Conditions, told: Sequence[Mapping[str, Any]]) -> R
     begin = max(own[0][0] for own in ends)
     first = min(own[-1][1] for own in ends)
     last = max(own["end"] for own in told)
-    done = sum(begin < end <= first for own in ends for _, end in own)
-    whole = sum(map(len, ends))
+    late = re.search(r"left out: ([\d,]+)", told[0]["words"] or "")
+    left_out = int(late[1].replace(",", "")) if late else 0
+    done = sum(begin < end <= first for own in ends for _, end in own) - left_out
+    whole = sum(map(len, ends)) - left_out
     start = min(own[0][0] for own in ends)
     return Result(
         sync=name,

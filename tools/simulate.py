@@ -448,9 +448,7 @@ class Simulation:
         number, clock = joined.number, joined.clock
         while True:
             granted = yield from leader.turn(clock, meet=self._meets(clock))
-            if granted.clock > clock and self._meets(
-                granted.clock
-            ):  # others did not wait: it meets them where they are
+            if granted.clock > clock and self._meets(granted.clock):  # others did not wait: it meets them there
                 granted = yield from leader.turn(granted.clock, meet=1)
             clock, has_joined = granted.clock, clock == joined.clock
             parts = yield from _together([rank.pull(granted, [None] * rules.shards) for rank in ranks])

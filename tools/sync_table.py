@@ -112,8 +112,8 @@ the same tokens, but for `{FEDERATED}`; nothing was tuned for any of them. [Whic
 - `{FEDERATED}` is FedAvg with {REPLICAS} clients, all of which take part in every round of {LOCAL_STEPS} steps. Each
   draws from its own quarter of the documents, so that it sees other tokens; the rate changes from round to round, and
   clients begin each round without moments.
-- In `parameter_server stale 1` replicas run at their own pace: another machine gives other gradients in another order.
-  Here they were about equally quick, which is the mildest case.
+- In `async_local_sgd`, and in `parameter_server` with `stale 1` and `async`, replicas run at their own pace: another
+  machine gives other gradients in another order. Here they were about equally quick, which is the mildest case.
 
 """
 TIMES = """\

@@ -160,19 +160,21 @@ def test_a_run_of_one_goes_on_under_the_other(pool, tmp_path):
         {"mode": "stale", "staleness": 1},
         {"mode": "async"},
         {"mode": "async", "compensation": "adaptive", "scale_rate": True},
+        {"mode": "sync", "backups": 1},
+        {"mode": "sync", "backups": 2, "sparse": True, "lease_s": 30},
     ],
-    ids=["stale", "async", "compensated"],
+    ids=["stale", "async", "compensated", "backups", "backups-lease"],
 )
 def test_replicas_at_their_own_pace_agree_where_they_meet(options, pool, tmp_path):
     """In the end, and where weights are saved or measured; and they learn."""
     options = {"name": "parameter_server", **options}
     train = {"steps": 12, "clip_norm": 1.0}
-    settings = run(options, tmp_path, replicas=3, train=train, checkpoint={"every": 4}, evaluate={"every": 4})
-    (ran,) = run_all(pool, [settings])
+    every = {"checkpoint": {"every": 4}, "evaluate": {"every": 4}, **UNTIED}
+    (ran,) = run_all(pool, [run(options, tmp_path, replicas=3, train=train, **every)])
     assert distance(ran.weights[0], ran.weights[1]) == distance(ran.weights[0], ran.weights[2]) == 0.0
     assert len(set(ran.evaluations)) == 1
     assert all(losses[-1] < losses[0] for losses in ran.losses)
-    (again,) = run_all(pool, [run(options, tmp_path, replicas=3, train={**train, "steps": 13})])
+    (again,) = run_all(pool, [run(options, tmp_path, replicas=3, train={**train, "steps": 13}, **UNTIED)])
     assert len(again.losses[0]) == 1
 
 
@@ -210,9 +212,46 @@ def test_a_run_whose_servers_are_killed_goes_on_with_the_same_result(pool, tmp_p
         assert all(torch.equal(one["weights"][name], other["weights"][name]) for name in one["weights"])
 
 
+def late(member, backups):
+    """Three steps of parts of three workers; the third has its first gradient when the others have taken all."""
+    between = link.connect(
+        member.store, index=member.index, size=member.size, coordinate=0, backend="gloo", timeout_s=30.0, loopback=True
+    )
+    model = tiny_llama()
+    replica = ModuleReplica(Masters(model, torch.float64), AdamW(lr=0.01), mesh=Mesh.alone())
+    sync = ParameterServer(backups=backups, timeout_s=60.0).build(SyncContext(link=between, steps=3))
+    sync.start(replica)
+    goal = objective()
+    schedule = Accumulate(model, goal, seed=0, device=CPU)
+    learn = schedule.run
+
+    def slow(*arguments, **options):
+        while "in versions: 0: 6" not in sync.words():  # six pushes
+            pass
+        return learn(*arguments, **options)
+
+    schedule.run = slow if member.index == 2 else learn
+    while sync.at < 3:
+        step = sync.at + 1
+        batches = [goal.batch(micro, seed=0, step=step) for micro in share(step, 7, member.index, 3, 4)]
+        train_step(replica, sync, schedule, batches, step=step, stop=False)
+    return {"words": sync.words(), "weights": {shard.name: shard.local.clone() for shard in replica.shards}}
+
+
+def test_what_comes_too_late_is_left_out_and_counted(pool):
+    """With a backup the two that were in time learn as they do alone, and the third goes on from where they are."""
+    alone, *_ = pool.run(late, 2, 0)
+    told = pool.run(late, 3, 1)
+    for each in told:
+        assert all(torch.equal(each["weights"][name], alone["weights"][name]) for name in alone["weights"])
+    assert "too late and were left out: 1" in told[0]["words"]
+    assert alone["words"] is None
+
+
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
+        ({"sync": {"backups": 2}}, "backups=2 of replicas=2 leaves no gradient to wait for; at most 1"),
         ({"optimizer": {"name": "muon"}}, "a server has pieces of tensors"),
         (
             {"optimizer": {"name": "schedule_free_adamw"}, "schedule": {"name": "constant"}},
@@ -240,6 +279,8 @@ def test_levels_and_options_that_do_not_belong_are_refused(tmp_path):
         plan_run(run(["all_reduce", "parameter_server"], tmp_path, replicas=[2, 2]))
     with pytest.raises(ConfigError, match="lease_s is for mode=async or stale"):
         run({"name": "parameter_server", "lease_s": 5}, tmp_path)
+    with pytest.raises(ConfigError, match="backups=1 is for mode=sync, got mode=async"):
+        run({"name": "parameter_server", "mode": "async", "backups": 1}, tmp_path)
     with pytest.raises(ConfigError, match="use compensation=constant"):
         run({"name": "parameter_server", "mode": "async", "sparse": True, "compensation": "adaptive"}, tmp_path)
     with pytest.raises(ConfigError, match="are for mode=async, got mode=stale"):

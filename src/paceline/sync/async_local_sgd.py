@@ -23,10 +23,11 @@ from pydantic import model_validator
 from paceline.comm.replica import Replica
 from paceline.config import Count, Fraction, Options, Positive, strategy_name
 from paceline.errors import PlanError
+from paceline.plan.network import Network
 from paceline.plan.wire import MESSAGE_DELAYS
 from paceline.sync.alone import exchanges
 from paceline.sync.async_replica import BINS, AsyncLocalSync, Kept
-from paceline.sync.base import Shapes, Sync, SyncContext, SyncState
+from paceline.sync.base import Load, Shapes, Sync, SyncContext, SyncState
 from paceline.sync.periodic import PeriodicSync
 from paceline.sync.reducers.mean import Mean
 from paceline.sync.server.delayed_nesterov import DelayedNesterov, OuterRule, Window
@@ -128,6 +129,18 @@ class AsyncLocalSGD(Options):
     def delays(self, shapes: Shapes, members: int, steps: int) -> int:
         """The answers of servers."""
         return _ANSWERS * MESSAGE_DELAYS * self.pushes(members, steps) if members > 1 else 0
+
+    def exchange_s(self, network: Network, load: Load) -> float:
+        """See ``Timed``: servers stand beside one replica, over whose link others push and pull at the same time.
+
+        Of replicas that are equally quick.
+        """
+        others = load.members - 1
+        if others == 0:
+            return 0.0
+        pushes = exchanges(self.every, load.steps)
+        passing = max(2, others) * 4 * _numel(load.shapes)
+        return network.seconds(pushes * passing, pushes * _ANSWERS * MESSAGE_DELAYS)
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:
         """The parameters a lease began from, what servers keep of each, and what is pushed and pulled, once each."""

@@ -31,6 +31,9 @@ class ParameterServer(Options):
     at once. ``stale``: a replica may run ahead of the slowest by ``staleness`` steps."""
     staleness: Natural = 1
     """Of ``stale``; 0 is ``sync``."""
+    backups: Natural = 0
+    """Of ``sync``: a step is taken without the gradients of so many replicas, whichever are the slowest. What comes
+    late is left out, which the end of the run counts, and its replica goes on with the step that the others are at."""
     servers: Count = 2
     """Processes among which parameters are shared out."""
     compensation: Literal["none", "constant", "adaptive"] = "none"
@@ -50,15 +53,17 @@ class ParameterServer(Options):
     timeout_s: Positive = 600.0
     """How long a server, or the slowest replica, is waited for."""
     lease_s: Positive | None = None
-    """Of ``stale`` and ``async``: after so long without a connection a replica is given up, and the others no longer
-    wait for it; longer than a step. It may come back. By default a replica is never given up."""
+    """Of ``stale`` and ``async``, or with ``backups``: after so long without a connection a replica is given up, and
+    the others no longer wait for it; longer than a step. It may come back. By default a replica is never given up."""
 
     @model_validator(mode="after")
     def _belongs(self) -> "ParameterServer":
         if self.mode != "async" and (self.compensation != "none" or self.scale_rate):
             raise ValueError(f"compensation and scale_rate are for mode=async, got mode={self.mode}")
-        if self.mode == "sync" and self.lease_s is not None:
-            raise ValueError("lease_s is for mode=async or stale: with mode=sync a step is of all replicas")
+        if self.mode == "sync" and self.lease_s is not None and not self.backups:
+            raise ValueError("lease_s is for mode=async or stale, or with backups: else a step is of all replicas")
+        if self.mode != "sync" and self.backups:
+            raise ValueError(f"backups={self.backups} is for mode=sync, got mode={self.mode}")
         if self.sparse and self.compensation == "adaptive":
             raise ValueError(
                 "compensation=adaptive changes an average of every value at every push, which sparse=true does not "
@@ -82,7 +87,17 @@ class ParameterServer(Options):
     @property
     def is_lock_step(self) -> bool:
         """Whether replicas wait for each other in every step."""
+        return self.is_in_turn and not self.backups
+
+    @property
+    def is_in_turn(self) -> bool:
+        """Whether a step ends before the next one begins: first all gradients are pushed, then all weights pulled."""
         return self.mode == "sync" or (self.mode == "stale" and self.staleness == 0)
+
+    @property
+    def tells(self) -> bool:
+        """Whether replicas tell each other numbers in every step, for which they need all to be there."""
+        return self.is_lock_step and not self.is_elastic
 
     @property
     def clips(self) -> bool:
@@ -91,8 +106,9 @@ class ParameterServer(Options):
 
     @property
     def sends_less(self) -> bool:
-        """Whether ``wire_bytes`` is the most that can be: how many rows a step looks up depends on its batch."""
-        return self.sparse
+        """Whether ``wire_bytes`` is the most that can be: how many rows a step looks up depends on its batch, and who
+        is late leaves out steps."""
+        return self.sparse or self.backups > 0
 
     def check(self, config: Any) -> None:
         """Raise ``PlanError`` for what servers cannot do."""
@@ -106,6 +122,11 @@ class ParameterServer(Options):
             )
         if config.all_replicas == 1:
             return
+        if self.backups >= config.all_replicas:
+            raise PlanError(
+                f"sync=parameter_server, backups={self.backups} of replicas={config.all_replicas} leaves no gradient "
+                f"to wait for; at most {config.all_replicas - 1}"
+            )
         if optimizer.sees != "values":
             reason = f"{name} looks at more than single values with their gradient, and a server has pieces of tensors"
         elif optimizer.averages:
@@ -149,24 +170,23 @@ class ParameterServer(Options):
         gradients = value_bytes * sum(math.prod(shape) for shape in shapes.values())
         told = all_reduce_bytes(3 * COUNT_BYTES, members) + all_reduce_bytes(COUNT_BYTES, members)
         rows = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=0) * self.sparse
-        tells = self.is_lock_step and not self.is_elastic
-        return steps * (gradients + 2 * ROW_BYTES * rows + told * tells)
+        return steps * (gradients + 2 * ROW_BYTES * rows + told * self.tells)
 
     def delays(self, shapes: Shapes, members: int, steps: int) -> int:
         """In every step the answers of servers and, in lock step, the sums. What is saved comes on top."""
         if members == 1:
             return 0
         told = all_reduce_delays(3 * COUNT_BYTES, members) + all_reduce_delays(COUNT_BYTES, members)
-        return steps * (_ANSWERS * MESSAGE_DELAYS + told * (self.is_lock_step and not self.is_elastic))
+        return steps * (_ANSWERS * MESSAGE_DELAYS + told * self.tells)
 
     def exchange_s(self, network: Network, load: Load) -> float:
         """See ``Timed``: servers stand beside one replica, over whose link others' gradients come and weights go.
 
-        In lock step one after the other, else at the same time.
+        Where a step ends before the next one begins one after the other, else at the same time.
         """
         values = load.value_bytes * sum(math.prod(shape) for shape in load.shapes.values())
         others = load.members - 1
-        passing = 2 * others if self.is_lock_step else max(2 * (others > 0), others)
+        passing = 2 * others if self.is_in_turn else max(2 * (others > 0), others)
         return network.seconds(load.steps * passing * values, self.delays(load.shapes, load.members, load.steps))
 
     def state_bytes(self, shapes: Shapes, value_bytes: int = 4) -> int:

@@ -31,8 +31,10 @@ ROWS: dict[str, Any] = {
     "gossip 30": {"name": "gossip", "every": 30},
     "gossip 100": {"name": "gossip", "every": 100},
     "partial 10": {"name": "partial", "every": 10},
+    "async_local_sgd 30": {"name": "async_local_sgd", "every": 30, "dynamic_steps": False},
     "parameter_server": "parameter_server",
     "parameter_server stale 1": {"name": "parameter_server", "mode": "stale", "staleness": 1},
+    "parameter_server async": {"name": "parameter_server", "mode": "async"},
 }
 """By the name in the table: what stands in a config after ``sync:``."""
 

@@ -82,7 +82,7 @@ class ParameterServerSync:
             return NOTHING, False
         if self._link.size == 1:
             return values, stop
-        if self._options.is_lock_step and self._options.lease_s is None:
+        if self._options.tells:
             return start_total(self._link, values, stop, self._device)()
         self._asked = stop
         return values, self._stop == self._step
@@ -128,9 +128,11 @@ class ParameterServerSync:
             return None
         words = []
         if not self._options.is_lock_step:
-            told = self._channel.told()[0]["histogram"]
-            counts = ", ".join(f"{staleness}: {count:,}" for staleness, count in sorted(told.items()))
+            told = self._channel.told()[0]
+            counts = ", ".join(f"{staleness}: {count:,}" for staleness, count in sorted(told["histogram"].items()))
             words.append(f"pushes by their staleness in versions: {counts}")
+            if self._options.backups:
+                words.append(f"pushes that came too late and were left out: {told['dropped']:,}")
         if self._channel.all_rows:
             pushed, every = self._channel.pushed_rows, self._channel.all_rows
             words.append(
@@ -141,7 +143,7 @@ class ParameterServerSync:
 
     def _vote(self, wish: bool) -> bool:
         """In lock step none steps if one must not; who runs at its own pace decides alone."""
-        if not self._options.is_lock_step or self._options.lease_s is not None:
+        if not self._options.tells:
             return wish
         unwilling = torch.tensor([float(not wish)], dtype=torch.float64, device=self._device)
         self._link.all_reduce(unwilling).wait()
@@ -184,6 +186,8 @@ class ParameterServerSync:
                 assert self._channel is not None
                 if replica.is_first:
                     granted = self._servers.caller.run(self._channel.client.turn(at, meet=meeting * self._meets(at)))
+                    if granted.clock > at and self._meets(granted.clock):  # where others wait for this one
+                        turn(granted.clock)
 
             joins = self._given_up(replica, turn)
             if joins:
@@ -241,6 +245,7 @@ class ParameterServerSync:
             mode=options.mode,
             staleness=options.staleness if options.mode == "stale" else 0,
             scaled=options.scale_rate,
+            backups=options.backups,
             clip_norm=context.clip_norm,
             first_clock=first_clock,
         )
