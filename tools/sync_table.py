@@ -327,7 +327,7 @@ def _quality(name: str, shapes: Mapping[str, Sequence[int]], known: Mapping[str,
     share = worth(name, runs)
     options, load = _load(name, shapes, compute_ms=0.0)
     formula = options.wire_bytes(shapes, REPLICAS, load.steps) / load.steps / (LOCAL_STEPS if name == FEDERATED else 1)
-    most = "at most " if getattr(options, "sends_less", False) else ""
+    most = "at most " if options.sends_less else ""
     counted = statistics.fmean(run["sent_bytes"] for run in own.values())
     cells = [
         f"`{name}`" if name in ROWS else name,

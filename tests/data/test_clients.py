@@ -61,6 +61,16 @@ def test_dirichlet_is_a_partition_that_is_even_for_large_alpha(alpha):
         assert shares.max() > 0.6
 
 
+def test_labels_of_one_document_are_dealt_by_chance_too(monkeypatch):
+    """As of a corpus whose files are its documents; however many labels are drawn at a time."""
+    sets = [numbered(1200, 1200)]
+    config = ClientsConfig(by="dirichlet", count=4, alpha=100.0)
+    for at_once in (2**22, 64):
+        monkeypatch.setattr("paceline.data.clients._AT_ONCE", at_once)
+        counts = np.bincount(owners(sets, config, 0)[0][0], minlength=4)
+        assert abs(counts - 300).max() < 70  # some 4.5 standard deviations
+
+
 def test_what_cannot_be_dealt_is_refused():
     with pytest.raises(DataError, match="need 20 documents"):
         owners([numbered(10, 2)], ClientsConfig(by="dirichlet", count=20), 0)

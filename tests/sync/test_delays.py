@@ -128,7 +128,7 @@ def test_a_strategy_waits_as_often_as_it_says(members, pool):
     for name in RUNS:
         if name in served:
             assert long[name] - short[name] == said[name][1] - said[name][0] > 0, name
-        elif getattr(options_of(name), "sends_less", False) and name != "partial of everything":
+        elif options_of(name).sends_less and name != "partial of everything":
             assert 0 < short[name] <= said[name][0] and 0 < long[name] <= said[name][1], name
         else:
             assert [short[name], long[name]] == said[name], name

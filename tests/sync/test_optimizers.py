@@ -6,7 +6,7 @@ import torch
 from loops import config, distance, run_all
 from optim.test_conformance import OPTIONS
 from paceline.checkpoint import load
-from paceline.config import Config
+from paceline.config import Config, choose
 from paceline.errors import PlanError
 from paceline.plan.run import plan_run
 from paceline.registry import OPTIMIZERS, SYNCS
@@ -15,7 +15,7 @@ from tolerances import FP64_EQUAL
 STEPS, STOP = 7, 5
 REFUSED = {name for name in OPTIMIZERS if OPTIMIZERS.load(name).sees == "loss" or OPTIMIZERS.load(name).remakes}
 TAKEN = [name for name in OPTIMIZERS if name not in REFUSED]
-DIFFER = [name for name in SYNCS if not SYNCS.load(name).keeps_equal]
+DIFFER = [name for name in SYNCS if not choose(SYNCS, name).keeps_equal]
 
 
 def settings(name, folder, *, replicas=2, layout=None, sync=None, steps=STEPS):

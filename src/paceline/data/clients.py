@@ -20,8 +20,11 @@ from paceline.data.rows import Ints
 from paceline.data.tokens import TokenSet
 from paceline.errors import DataError
 
-_DRAWS = 1000
-"""After so many, shares that give every client its least number of documents are not to be hoped for."""
+_LEAST_DRAWS, _MOST_DRAWS, _MOST_SHARES = 10, 1000, 2**28
+"""After so many draws, or so many shares in them (some ten seconds), that every client has its least number of
+documents is not to be hoped for."""
+_AT_ONCE = 2**22
+"""Shares that are in memory at a time."""
 
 
 def owners(token_sets: Sequence[TokenSet], config: ClientsConfig, seed: int) -> tuple[list[Ints], int]:
@@ -72,20 +75,40 @@ def _dirichlet(labels: Ints, config: ClientsConfig, seed: int) -> Ints:
             f"data.clients: {count} clients of {config.least} documents or more need {count * config.least} documents, "
             f"and the data has {len(labels)}. Use fewer clients, or data.document=paragraph for smaller documents"
         )
-    for draw in range(_DRAWS):
-        rng = np.random.default_rng([seed, draw])
-        assigned = np.empty_like(labels)
-        for label in range(int(labels.max()) + 1):
-            own = np.flatnonzero(labels == label)
-            own = own[Permutation(len(own), (seed, "clients", draw, label))(np.arange(len(own)))]
-            ends = np.cumsum(rng.dirichlet(np.full(count, config.alpha)))
-            assigned[own] = np.searchsorted(ends, (np.arange(len(own)) + 0.5) / len(own)).clip(0, count - 1)
+    sizes = np.bincount(labels)
+    order = np.argsort(labels, kind="stable")
+    begins = np.cumsum(sizes) - sizes
+    for label in np.flatnonzero(sizes > 1):
+        own = order[begins[label] : begins[label] + sizes[label]]
+        own[:] = own[Permutation(len(own), (seed, "clients", int(label)))(np.arange(len(own)))]
+    draws = min(_MOST_DRAWS, max(_LEAST_DRAWS, _MOST_SHARES // (count * len(sizes))))
+    for draw in range(draws):
+        assigned = _cut(sizes, count, config.alpha, np.random.default_rng([seed, draw]))
         if np.bincount(assigned, minlength=count).min() >= config.least:
-            return assigned
+            return assigned[np.argsort(order)]
     raise DataError(
-        f"data.clients: in {_DRAWS} draws with alpha={config.alpha:g} some of {count} clients had fewer than "
+        f"data.clients: in {draws} draws with alpha={config.alpha:g} some of {count} clients had fewer than "
         f"{config.least} of {len(labels)} documents. Use a larger alpha, fewer clients or a smaller least"
     )
+
+
+def _cut(sizes: Ints, count: int, alpha: float, rng: np.random.Generator) -> Ints:
+    """The client (D,) of each document, label by label: of a label of n documents the one at (i + u) / n of the shares.
+
+    u is drawn for each label. So a label's few documents, or its only one, go to a client with the chance of its share.
+    """
+    assigned = []
+    at_once = max(1, _AT_ONCE // count)
+    for first in range(0, len(sizes), at_once):
+        own = sizes[first : first + at_once]
+        ends = np.cumsum(rng.dirichlet(np.full(count, alpha), size=len(own)), axis=1)
+        ends[:, -1] = 1.0
+        label = np.repeat(np.arange(len(own)), own)
+        place = np.arange(len(label)) - np.repeat(np.cumsum(own) - own, own)
+        share = (place + rng.random(len(own))[label]) / own[label]
+        found = np.searchsorted((ends + np.arange(len(own))[:, None]).ravel(), label + share)
+        assigned.append((found - label * count).clip(0, count - 1))
+    return np.concatenate(assigned)
 
 
 class Clients:

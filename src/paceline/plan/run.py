@@ -34,8 +34,7 @@ def plan_run(config: Config) -> tuple[Grid, BatchPlan]:
     check_optimizer(config)
     check_adjustments(config)
     for sync in config.syncs:
-        if (check := getattr(sync, "check", None)) is not None:
-            check(config)
+        sync.check(config)
     if layout.tensor_patterns and layout.tensor == 1:
         raise PlanError("layout.tensor_patterns says how tensor ranks cut matrices. Set layout.tensor, or leave it out")
     if layout.sequence and layout.tensor == 1:

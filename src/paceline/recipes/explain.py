@@ -165,8 +165,8 @@ class Plan:
         things = ["replica(s)", *["group(s)"] * (len(self.wire_bytes) - 1)]
         return [
             f"sync       {_named(sync)} over {size} {thing}, {_bytes(sent)} sent by each rank a step"
-            + (", on average" if not sync.keeps_equal or getattr(sync, "exact_steps", False) else "")
-            + (" and at most" if getattr(sync, "sends_less", False) else "")
+            + (", on average" if not sync.sends_evenly else "")
+            + (" and at most" if sync.sends_less else "")
             for (sync, size, sent), thing in zip(levels, things, strict=True)
         ]
 

@@ -173,7 +173,7 @@ def parameter_servers(config: Config, output: Path) -> ServerProcesses | None:
 def _wanted_servers(config: Config, output: Path) -> tuple[int, Durability] | None:
     """How many servers, and where they keep their logs."""
     sync: Any = config.sync
-    if not getattr(sync, "is_served", False) or config.all_replicas == 1:
+    if not sync.is_served or config.all_replicas == 1:
         return None
     folder = output / "servers"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that is over: checkpoints are what a run goes on from

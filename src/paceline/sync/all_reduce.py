@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from paceline.comm.link import Link, Pending
 from paceline.comm.replica import Finish, Replica, Shard
-from paceline.config import ChosenFrom, Natural, Options, Positive
+from paceline.config import ChosenFrom, Natural, Positive, SyncOptions
 from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.registry import REDUCERS
 from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState, check_equal_start, start_total
@@ -23,7 +23,7 @@ from paceline.sync.reduced import ReducedSync
 from paceline.sync.reducers.mean import Mean
 
 
-class AllReduce(Options):
+class AllReduce(SyncOptions):
     """Sum gradients over replicas every step, bucket by bucket, overlapping the backward pass."""
 
     bucket_mib: Positive = 4.0
@@ -61,6 +61,11 @@ class AllReduce(Options):
     def keeps_own(self) -> bool:
         """Whether each replica keeps something of its own beside the state that all have: what is still to be sent."""
         return getattr(self.reducer, "error_feedback", False)
+
+    @property
+    def sends_evenly(self) -> bool:
+        """But for the first steps, if these are to be exact."""
+        return self.exact_steps == 0
 
     def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
         """In every step gradients, a mark for each, and four numbers: targets before, three sums after."""

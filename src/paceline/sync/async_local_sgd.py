@@ -21,7 +21,7 @@ import torch
 from pydantic import model_validator
 
 from paceline.comm.replica import Replica
-from paceline.config import Count, Fraction, Options, Positive, strategy_name
+from paceline.config import Count, Fraction, Options, Positive, SyncOptions, strategy_name
 from paceline.errors import PlanError
 from paceline.plan.network import Network
 from paceline.plan.wire import MESSAGE_DELAYS
@@ -47,7 +47,7 @@ class DelayedOuter(Options):
     """Pushes of all replicas from one step of momentum to the next; by default as many as there are replicas."""
 
 
-class AsyncLocalSGD(Options):
+class AsyncLocalSGD(SyncOptions):
     """Learn alone for many steps, then push what was learned to servers, and go on from what they have."""
 
     every: Count = 50
@@ -78,7 +78,6 @@ class AsyncLocalSGD(Options):
             )
         return self
 
-    keeps_equal: ClassVar[bool] = False
     is_served: ClassVar[bool] = True
     claims: ClassVar[bool] = True
     """Its replicas take what is next, so that steps end where all meet."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from paceline.config import Options, Positive, Text, choose
+from paceline.config import Positive, SyncOptions, Text, choose
 from paceline.errors import PlanError
 from paceline.plan.network import Network
 from paceline.registry import SYNCS
@@ -45,7 +45,7 @@ class Candidate:
         return self.step_s / self.worth
 
 
-class Auto(Options):
+class Auto(SyncOptions):
     """Take the strategy and period with which a run gets furthest in a given time on a link."""
 
     link: Annotated[Text, AfterValidator(_is_link)]

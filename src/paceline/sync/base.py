@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -66,8 +66,10 @@ class SyncContext:
 class SyncConfig(Protocol):
     """The frozen config class of a strategy: what the plan asks before anything runs."""
 
-    keeps_equal: ClassVar[bool]
-    """Whether replicas hold the same training state after every step; else each saves its own."""
+    @property
+    def keeps_equal(self) -> bool:
+        """See ``SyncOptions``."""
+        ...
 
     def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
         """Payload bytes one rank sends in a run of ``steps`` steps; ``value_bytes`` are those of a gradient in a sum.

@@ -9,12 +9,12 @@ computed as an interpolation, so that with lr = 1 and mu = 0 it is local SGD, bi
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from paceline.config import ChosenFrom, Count, Fraction, Options, Positive
+from paceline.config import ChosenFrom, Count, Fraction, Options, Positive, SyncOptions
 from paceline.registry import REDUCERS
 from paceline.sync.alone import wide
 from paceline.sync.base import Shapes, SyncContext, SyncState
@@ -33,7 +33,7 @@ class OuterOptions(Options):
     """Look ahead along the momentum, if there is any."""
 
 
-class DiLoCo(Options):
+class DiLoCo(SyncOptions):
     """Learn alone for many steps, then take one outer step with the mean of what replicas learned."""
 
     every: Count = 100
@@ -42,8 +42,6 @@ class DiLoCo(Options):
     """The outer optimizer."""
     reducer: Annotated[Any, ChosenFrom(REDUCERS)] = Mean()
     """How pseudo-gradients are summed on the way."""
-
-    keeps_equal: ClassVar[bool] = False
 
     def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
         """The pseudo-gradients, once every so many steps."""

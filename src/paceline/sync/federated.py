@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from paceline.config import ChosenFrom, Count, Natural, NonNegative, Options, Positive
+from paceline.config import ChosenFrom, Count, Natural, NonNegative, Options, Positive, SyncOptions
 from paceline.data.rounds import Rules
 from paceline.plan.wire import (
     all_gather_bytes,
@@ -46,7 +46,7 @@ class BufferOptions(Options):
     """An update is thrown away if more rounds than this ended since its client began. As many weights are kept."""
 
 
-class Federated(Options):
+class Federated(SyncOptions):
     """Clients learn from data of their own; a server joins what they learned, round by round."""
 
     clients_per_round: Count = 10

@@ -16,7 +16,7 @@ step of a run ends with it. Nobody waits for another than its partner: a request
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from pydantic import model_validator
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from paceline.comm.link import Pending
 from paceline.comm.replica import Replica, Shard
-from paceline.config import Count, Fraction, NonNegative, Options, Positive
+from paceline.config import Count, Fraction, NonNegative, Positive, SyncOptions
 from paceline.models.chance import stream_seed
 from paceline.plan.wire import MESSAGE_DELAYS, all_reduce_bytes
 from paceline.sync.alone import Alone, exchanges, share_of, wide
@@ -33,7 +33,7 @@ from paceline.sync.buckets import bucketed, elements
 from paceline.sync.reducers.mean import Mean
 
 
-class Gossip(Options):
+class Gossip(SyncOptions):
     """Learn alone for some steps, then take one outer step with another replica, drawn anew each time."""
 
     every: Count = 100
@@ -46,8 +46,6 @@ class Gossip(Options):
     """How strongly the parameters of a pair are drawn together; the same as ``lr`` if it is not given."""
     bucket_mib: Positive = 32.0
     """Tensors are sent in buckets of about this size."""
-
-    keeps_equal: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _together(self) -> Self:

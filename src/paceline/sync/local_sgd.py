@@ -4,24 +4,22 @@ theta <- sum over replicas of n_i theta_i / sum of n_i, with n_i the targets tha
 mean. The moments of the optimizer are not averaged. With ``every: 1`` and plain SGD it is all-reduce.
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from paceline.config import ChosenFrom, Count, Options
+from paceline.config import ChosenFrom, Count, SyncOptions
 from paceline.registry import REDUCERS
 from paceline.sync.base import Shapes, SyncContext
 from paceline.sync.periodic import PeriodicSync, periodic_delays, periodic_state_bytes, periodic_wire_bytes
 from paceline.sync.reducers.mean import Mean
 
 
-class LocalSGD(Options):
+class LocalSGD(SyncOptions):
     """Learn alone for some steps, then go on from the mean of all replicas' parameters."""
 
     every: Count = 10
     """Steps from one mean to the next."""
     reducer: Annotated[Any, ChosenFrom(REDUCERS)] = Mean()
     """How parameters are summed on the way."""
-
-    keeps_equal: ClassVar[bool] = False
 
     def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
         """The parameters, once every so many steps."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from paceline.config import Count, Fraction, Natural, Options, Positive, strategy_name
+from paceline.config import Count, Fraction, Natural, Positive, SyncOptions, strategy_name
 from paceline.errors import PlanError
 from paceline.plan.network import Network
 from paceline.plan.wire import MESSAGE_DELAYS, all_reduce_bytes, all_reduce_delays
@@ -23,7 +23,7 @@ _ANSWERS = 4
 """For which a worker waits in a step: of stage, commit, turn and pull."""
 
 
-class ParameterServer(Options):
+class ParameterServer(SyncOptions):
     """Servers hold the parameters; replicas push gradients and pull weights."""
 
     mode: Literal["sync", "async", "stale"] = "sync"

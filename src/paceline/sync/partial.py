@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from paceline.comm.replica import Replica, Shard
-from paceline.config import Count, NonNegative, Options, Positive
+from paceline.config import Count, NonNegative, Positive, SyncOptions
 from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.sync.alone import Alone, exchanges, share_of, wide
 from paceline.sync.base import COUNT_BYTES, Shapes, SyncContext, SyncState
 from paceline.sync.reducers.mean import Mean
 
 
-class Partial(Options):
+class Partial(SyncOptions):
     """Local SGD in which a tensor is sent only when it has changed enough since it was last sent."""
 
     every: Count = 10
@@ -44,7 +44,6 @@ class Partial(Options):
     bucket_mib: Positive = 32.0
     """Tensors are sent in buckets of about this size."""
 
-    keeps_equal: ClassVar[bool] = False
     sends_less: ClassVar[bool] = True
     """``wire_bytes`` is the most that can be: what is sent depends on what is learned."""
 

@@ -4,12 +4,12 @@ Up to and including step ``start`` gradients are summed in every step; periods a
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from paceline.comm.replica import Finish, Replica
-from paceline.config import ChosenFrom, Count, Natural, Options, Positive
+from paceline.config import ChosenFrom, Count, Natural, Positive, SyncOptions
 from paceline.registry import REDUCERS
 from paceline.sync.all_reduce import AllReduce, AllReduceSync
 from paceline.sync.base import Shapes, SyncContext, SyncState
@@ -17,7 +17,7 @@ from paceline.sync.periodic import PeriodicSync, periodic_delays, periodic_state
 from paceline.sync.reducers.mean import Mean
 
 
-class PostLocalSGD(Options):
+class PostLocalSGD(SyncOptions):
     """All-reduce up to a step, local SGD from there on."""
 
     start: Natural = 1000
@@ -28,8 +28,6 @@ class PostLocalSGD(Options):
     """How parameters are summed on the way."""
     bucket_mib: Positive = 4.0
     """Gradients are sent in buckets of about this size."""
-
-    keeps_equal: ClassVar[bool] = False
 
     def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
         """All-reduce's in the first steps, local SGD's in the others."""

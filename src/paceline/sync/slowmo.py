@@ -9,12 +9,12 @@ beta = 0 it is local SGD, bit for bit.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from paceline.config import ChosenFrom, Count, Fraction, Options, Positive
+from paceline.config import ChosenFrom, Count, Fraction, Positive, SyncOptions
 from paceline.registry import REDUCERS
 from paceline.sync.alone import wide
 from paceline.sync.base import Shapes, SyncContext, SyncState
@@ -22,7 +22,7 @@ from paceline.sync.periodic import PeriodicSync, periodic_delays, periodic_state
 from paceline.sync.reducers.mean import Mean
 
 
-class SlowMo(Options):
+class SlowMo(SyncOptions):
     """Local SGD whose means are followed with momentum."""
 
     every: Count = 10
@@ -33,8 +33,6 @@ class SlowMo(Options):
     """beta, the share of the slow momentum that is kept."""
     reducer: Annotated[Any, ChosenFrom(REDUCERS)] = Mean()
     """How parameters are summed on the way."""
-
-    keeps_equal: ClassVar[bool] = False
 
     def wire_bytes(self, shapes: Shapes, members: int, steps: int, value_bytes: int = 4) -> int:
         """As local SGD's."""

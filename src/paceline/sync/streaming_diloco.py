@@ -19,14 +19,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
 from paceline.comm.replica import Finish, Replica, Shard
-from paceline.config import ChosenFrom, Count, Fraction, Natural, Options, Positive
+from paceline.config import ChosenFrom, Count, Fraction, Natural, Positive, SyncOptions
 from paceline.plan.network import Network
 from paceline.plan.wire import all_reduce_bytes, all_reduce_delays
 from paceline.registry import REDUCERS
@@ -44,7 +44,7 @@ class StreamingOuterOptions(OuterOptions):
     """The outer rate; constant."""
 
 
-class StreamingDiLoCo(Options):
+class StreamingDiLoCo(SyncOptions):
     """DiLoCo in which parts of the model are exchanged in turn, while steps are computed."""
 
     every: Count = 100
@@ -59,8 +59,6 @@ class StreamingDiLoCo(Options):
     """The outer optimizer."""
     reducer: Annotated[Any, ChosenFrom(REDUCERS)] = Mean()
     """How pseudo-gradients are summed on the way."""
-
-    keeps_equal: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _in_time(self) -> Self:

@@ -20,7 +20,7 @@ def _asked(config: Config, blocks: Sequence[str]) -> Iterator[Adjustment]:
         yield ClipValue(train.clip_value)
     if train.clip_block_norm is not None:
         yield ClipBlocks(train.clip_block_norm, blocks)
-    clips = getattr(config.sync, "clips", False) and config.all_replicas > 1
+    clips = any(sync.clips for sync in config.syncs) and config.all_replicas > 1
     if train.clip_norm is not None and not clips:  # else it is the norm of a sum that is clipped, by who has the sum
         yield ClipNorm(train.clip_norm)
     if regularisation.l2:

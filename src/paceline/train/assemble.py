@@ -518,7 +518,7 @@ def which_variant(config: Config, coordinates: Coordinates) -> tuple[Variant, bo
     for sync, group in levels:
         if not sync.keeps_equal and not config.is_elastic:  # else they are saved where all hold the same
             index, count = index + group.index * count, count * group.size
-        elif getattr(sync, "keeps_own", False):
+        elif sync.keeps_own:
             twin, twins = twin + group.index * twins, twins * group.size
         else:
             writes = writes and group.index == 0

@@ -193,7 +193,7 @@ class Trial:
                 "verify compares the steps of all ranks one by one, and each replica of sync=federated takes those of "
                 "clients of its own. Verify the layout with sync=all_reduce"
             )
-        if any(getattr(sync, "claims", False) for sync in config.syncs):
+        if any(sync.claims for sync in config.syncs):
             raise PlanError(
                 "verify compares the steps of all replicas one by one, and with sync=async_local_sgd each takes what "
                 "is next. Verify the layout with sync=diloco"
