@@ -7,7 +7,7 @@ from loops import config, distance, run_all
 from paceline.comm import link
 from paceline.comm.link import LocalLink
 from paceline.comm.mesh import Mesh
-from paceline.config import choose
+from paceline.config import SyncOptions, choose
 from paceline.errors import TrainError
 from paceline.objectives.base import Batch
 from paceline.optim.sgd import SGD
@@ -20,7 +20,7 @@ from paceline.train.step import train_step
 from parity import CPU, assert_equal_training, identical, on_pool, shares_of, tiny_llama, train
 from tolerances import FP64_EQUAL
 
-NAMES = [name for name in SYNCS if not getattr(SYNCS.load(name), "in_rounds", False)]
+NAMES = [name for name in SYNCS if not choose(SYNCS, name).in_rounds]
 """Those of rounds, whose replicas have clients of their own in place of a share of the batch: test_federated.py."""
 EVERY = pytest.mark.parametrize("name", NAMES)
 PLAIN = {
@@ -188,3 +188,12 @@ def test_replicas_that_use_different_parameters_exchange_in_the_same_order(name,
     assert identical(both)
     if name == "all_reduce":
         assert_equal_training(branching(None, name), both[1], FP64_EQUAL)
+
+
+def test_what_is_told_of_a_sync_is_told_of_every_sync():
+    """By its instances: asked of a class, a property is always true."""
+    told = [name for name, value in vars(SyncOptions).items() if isinstance(value, property)]
+    for name in SYNCS:
+        options = choose(SYNCS, name)
+        assert isinstance(options, SyncOptions) and {type(getattr(options, key)) for key in told} == {bool}, name
+    assert {"all_reduce", "gossip", "parameter_server"} < set(NAMES)

@@ -27,7 +27,7 @@ from parity import CPU, objective, share, tiny_llama
 
 LONG = 1000.0
 """What a step computes: longer than any exchange waits."""
-NAMES = [name for name in SYNCS if not {"in_rounds", "claims"} & vars(SYNCS.load(name)).keys()]
+NAMES = [name for name in SYNCS if not (choose(SYNCS, name).in_rounds or choose(SYNCS, name).claims)]
 """Of those that learn from a part of each step."""
 SHORT = {"start": 1, "every": 2, "fragments": 2}
 RUNS = {

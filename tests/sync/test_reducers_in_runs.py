@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from loops import config, distance, run_all
+from paceline.config import choose
 from paceline.registry import REDUCERS, SYNCS
 from tolerances import FP64_EQUAL
 
@@ -101,8 +102,8 @@ ALL = {"name": "topk", "share": 1.0}
 
 def test_with_all_of_the_values_every_strategy_is_what_it_is_with_the_mean(pool, tmp_path):
     """So each gives a reducer what it should: differences from what was agreed on last, or gradients."""
-    classes = {name: SYNCS.load(name) for name in SYNCS}
-    names = [n for n, cls in classes.items() if "reducer" in cls.model_fields and not getattr(cls, "in_rounds", False)]
+    syncs = {name: choose(SYNCS, name) for name in SYNCS}
+    names = [name for name, sync in syncs.items() if "reducer" in type(sync).model_fields and not sync.in_rounds]
     short = {"start": 2, "every": 2, "fragments": 2, "delay": 0}
 
     def of(name, reducer):

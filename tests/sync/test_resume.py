@@ -17,7 +17,7 @@ def small(name):
     return {"name": name} | {key: value for key, value in short.items() if key in fields}
 
 
-NAMES = [name for name in SYNCS if not any(getattr(SYNCS.load(name), key, False) for key in ("in_rounds", "claims"))]
+NAMES = [name for name in SYNCS if not (choose(SYNCS, name).in_rounds or choose(SYNCS, name).claims)]
 """Those of which a checkpoint may fall anywhere: test_federated.py and test_async_local_sgd.py have the others."""
 STEPS = 7
 LAYOUTS = {"plain": {}, "shard": {"shard": 2}, "tensor": {"tensor": 2}}

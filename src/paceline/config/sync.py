@@ -1,11 +1,8 @@
 """What the options of a sync say of it besides their values: the rest of the config has to go with that."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from paceline.config.options import Options
-
-if TYPE_CHECKING:
-    from paceline.config.run import Config
 
 
 class SyncOptions(Options):
@@ -64,5 +61,5 @@ class SyncOptions(Options):
         """Whether every step sends as much as any other."""
         return self.keeps_equal
 
-    def check(self, config: "Config") -> None:
-        """Raise ``PlanError`` for what does not go with the rest of the config."""
+    def check(self, config: Any) -> None:
+        """Raise ``PlanError`` for what does not go with the rest of the whole config."""

@@ -18,6 +18,7 @@ from paceline.config import (
     LayoutConfig,
     Options,
     RegularisationConfig,
+    SyncOptions,
     TrainConfig,
 )
 from paceline.errors import ConfigError, PlanError
@@ -194,10 +195,10 @@ class Case:
         return ",".join(f"{key}={str(value).lower()}" for key, value in given.items()) or "one process"
 
 
-def _often(sync: Options) -> Options:
+def _often(sync: SyncOptions) -> Options:
     """The strategy with small buckets, and with all it does in the steps before a checkpoint and after it."""
     most = {"bucket_mib": BUCKET_MIB, "every": 3, "start": 4, "exact_steps": 2}
-    if not getattr(sync, "is_exact", True):
+    if not sync.is_exact:
         del most["bucket_mib"]  # there are none
     return sync.model_copy(update={key: min(getattr(sync, key), n) for key, n in most.items() if hasattr(sync, key)})
 
