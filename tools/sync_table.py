@@ -144,7 +144,7 @@ TAIL = """\
   they lose nothing over tens of thousands of steps. With more replicas or a longer period they lose more.
 - Options were not tuned: not the rate, nor the outer rate and momentum. The rate suits all-reduce; `diloco 100` gets
   further at a sixth of it ([log](../log.md)).
-- Rows with one seed or two are not to be told apart: two runs that differ in a last bit end some hundredths apart.
+- Two runs that differ in a last bit end some hundredths apart: rows that are nearer than their intervals are equal.
 - Times leave out what processes wait for each other, and of what a strategy computes itself all but what reducers take
   on one core (`benchmarks/reducers.py`). That of `partial` is of the most that it can send.
 - The time of bytes and that of delays are added up. Where several large sums are under way together they overlap in
