@@ -173,7 +173,8 @@ def test_replicas_at_their_own_pace_agree_where_they_meet(options, pool, tmp_pat
     (ran,) = run_all(pool, [run(options, tmp_path, replicas=3, train=train, **every)])
     assert distance(ran.weights[0], ran.weights[1]) == distance(ran.weights[0], ran.weights[2]) == 0.0
     assert len(set(ran.evaluations)) == 1
-    assert all(losses[-1] < losses[0] for losses in ran.losses)
+    # Not by a replica's own losses: one that is always late has few of them.
+    assert ran.evaluations[0] < max(losses[0] for losses in ran.losses)
     (again,) = run_all(pool, [run(options, tmp_path, replicas=3, train={**train, "steps": 13}, **UNTIED)])
     assert len(again.losses[0]) == 1
 
